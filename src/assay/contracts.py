@@ -1,0 +1,209 @@
+"""The contracts, on one page: what a system, a variant, a workload, a data set and a suite are.
+
+Read this, then session.py, then any one plug-in, and you know the project. Plug-ins never see a clock:
+a workload supplies a Trial whose `step` is the only timed part, and the measuring side does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
+
+from assay.measure.record import Arm, Case, Record, Scalar, Work
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = [
+    "KPI",
+    "Arm",
+    "Case",
+    "Claim",
+    "Dataset",
+    "Decoding",
+    "Example",
+    "LanguageModel",
+    "Mark",
+    "Option",
+    "Options",
+    "Probe",
+    "Record",
+    "Scalar",
+    "Suite",
+    "System",
+    "Trial",
+    "Variant",
+    "Work",
+    "Workload",
+]
+
+Options = Mapping[str, Scalar]
+Mark = Callable[[str], None]  # mark("forward") ends the phase `forward`; repeated names make laps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a variant or one parameter of a workload: its default, its meaning, what it may be."""
+
+    default: Scalar
+    help: str
+    choices: tuple[Scalar, ...] = ()
+    minimum: int | None = None
+
+
+@runtime_checkable
+class System(Protocol):
+    """A thing under test: a context manager; the processes and servers it starts die with it."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class Decoding(Protocol):
+    """One generation in progress over its own key-value cache. Nothing here synchronises with the host.
+
+    Both methods return the logits of the last position, (B, V), and the greedy next token, (B, 1), on the
+    device. Tensors that are returned may be overwritten by the next call: clone what you keep.
+    """
+
+    def prefill(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]: ...
+    def advance(self, token_B1: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class LanguageModel(System, Protocol):
+    """What the workloads `train`, `infer` and `generate` need of a system.
+
+    State and gradients go by canonical names: those of the arm's own module, which for the built-in
+    decoders are Hugging Face's Llama names, however the variant stores them.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+    def forward(self, ids_BT: Tensor) -> Tensor: ...  # logits (B, T, V)
+    def loss(self, ids_BT: Tensor) -> Tensor: ...  # mean shifted next-token cross entropy, a scalar
+    def decoding(self, batch: int, max_length: int) -> Decoding: ...
+    def state(self) -> Mapping[str, Tensor]: ...
+    def load(self, state: Mapping[str, Tensor]) -> None: ...  # strict: missing or extra names raise
+    def gradients(self) -> Mapping[str, Tensor | None]: ...
+    def zero_grad(self) -> None: ...
+    def optimizer_step(self, name: str) -> None: ...  # at learning rate 0: full work, weights unchanged
+    def layers(self) -> Mapping[str, nn.Module]: ...  # for naming the first layer that departs; may be empty
+    def work(self, workload: str, params: Mapping[str, Scalar]) -> Mapping[str, Work]: ...
+    def describe(self) -> Mapping[str, Scalar]: ...  # parameters, weights source, configuration
+    def proof(self) -> Mapping[str, Scalar]: ...
+
+
+class Trial(Protocol):
+    """A workload prepared on a system. `step` is the only timed part.
+
+    `phases` are the marks of a step in order; empty where the step is one piece. `outputs(seed)` runs the
+    very code that `step` times on the inputs of that seed and returns what the gate compares; `kept`
+    quantities are named `loss`, `logits`, `tokens`, `grad:<name>`.
+    """
+
+    phases: tuple[str, ...]
+    work: Mapping[str, Work]
+
+    def step(self, mark: Mark) -> None: ...
+    def reset(self) -> None: ...  # untimed, before every sample
+    def outputs(self, seed: int) -> Mapping[str, Tensor]: ...
+    def proof(self) -> Mapping[str, Scalar]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A counter that proves a variant's feature took effect: `counter` `comparison` `value`."""
+
+    counter: str
+    comparison: Literal["==", ">", ">=", "<", "<="]
+    value: float
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One named way to build a system.
+
+    `oracle` builds the plainest correct implementation, in any dtype; None means that the first arm, one
+    precision above the case, is the oracle. `opaque` marks plain callables, whose precision cannot be
+    raised. `weights` says whether the arm takes the comparison's canonical state.
+    """
+
+    summary: str
+    build: Callable[[Case, Options], System]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    claims: Callable[[Case, Options], Sequence[Claim]] = lambda case, options: ()
+    requires: tuple[str, ...] = ()  # "cuda", or importable modules
+    weights: Literal["shared", "own", "none"] = "shared"
+    oracle: Callable[[Case], System] | None = None
+    opaque: bool = False
+    workloads: tuple[str, ...] = ()  # empty: any
+    check: Callable[[Case], None] | None = None  # raises UsageError before any process starts; no torch
+
+
+class Probe(Protocol):
+    """A property that a right system has: returns the departure, where it is, and on what scale to judge."""
+
+    def __call__(self, system: Any, case: Case) -> tuple[float, float, str]: ...
+
+
+class Workload(Protocol):
+    """What an arm is asked to do. One file a workload; a module-level WORKLOAD is found by its file's name."""
+
+    summary: str
+    params: Mapping[str, Option]
+    probes: Mapping[str, Probe]
+
+    def check(self, case: Case) -> None:
+        """Raise UsageError where no machine could run this case."""
+
+    def gate_case(self, case: Case, budget_flops: float) -> Case:
+        """The case itself where the oracle fits the budget, else a smaller one through the same code."""
+
+    def prepare(self, system: Any, case: Case) -> Trial:
+        """Make the inputs of the case's seed and return the trial."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One item of a data set."""
+
+    id: str
+    prompt: str
+    subject: str = "main"
+    meta: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+class Dataset(Protocol):
+    """A source of examples."""
+
+    summary: str
+    source: str
+
+    def examples(self, subject: str | None, limit: int, seed: int) -> Iterator[Example]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class KPI:
+    """A threshold on a metric; `when` says where it applies."""
+
+    metric: str
+    comparison: Literal[">=", "<=", ">", "<"]
+    threshold: float
+    when: str = ""
+
+
+class Suite(Protocol):
+    """A named plan: cases and arms, and the files made from the records.
+
+    `plan` may be a generator that is sent the records so far: bisection, ablation, prediction then check.
+    """
+
+    summary: str
+    options: Mapping[str, Option]
+    kpis: Sequence[KPI]
+
+    def plan(self, options: Options) -> Iterator[tuple[Case, Sequence[Arm]]]: ...
+    def exports(self, records: Sequence[Record], folder: Path) -> Sequence[Path]: ...

@@ -1,0 +1,1 @@
+"""The measuring side: knows clocks, loops and statistics, and nothing of language models."""

@@ -1,0 +1,126 @@
+"""Name or dotted path -> object. A plug-in is one file; listing reads no heavy import.
+
+Built-in plug-ins are the modules of `assay.variants`, `assay.workloads`, `assay.data` and `assay.suites`;
+another package adds its own through the entry-point groups of the same names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from assay.errors import UsageError, nearest
+
+__all__ = ["GROUPS", "find", "is_target", "load_target", "names", "summaries"]
+
+GROUPS: Mapping[str, str] = {
+    "variants": "VARIANT",
+    "workloads": "WORKLOAD",
+    "datasets": "DATASET",
+    "suites": "SUITE",
+}
+_PACKAGES = {
+    "variants": "assay.variants",
+    "workloads": "assay.workloads",
+    "datasets": "assay.data",
+    "suites": "assay.suites",
+}
+
+
+def _locations(group: str) -> dict[str, str]:
+    """Plug-in name -> importable module, built-in ones first, then entry points, without importing any."""
+    package = importlib.import_module(_PACKAGES[group])
+    found = {
+        info.name.replace("_", "-"): f"{_PACKAGES[group]}.{info.name}"
+        for info in pkgutil.iter_modules(package.__path__)
+        if not info.name.startswith("_")
+    }
+    for entry in importlib.metadata.entry_points(group=f"assay.{group}"):
+        found.setdefault(entry.name, entry.value)
+    return dict(sorted(found.items()))
+
+
+def names(group: str) -> list[str]:
+    """The names of a group's plug-ins, sorted."""
+    return list(_locations(group))
+
+
+def find(group: str, name: str) -> Any:
+    """Return the plug-in object of that name. Raises UsageError with the nearest name."""
+    known = _locations(group)
+    if name not in known:
+        kind = group.removesuffix("s")
+        raise UsageError(
+            f"unknown {kind} '{name}'",
+            expected=f"one of {', '.join(known)}" if known else f"no {kind} is installed",
+            remedy=nearest(name, known),
+        )
+    module, _, attribute = known[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or GROUPS[group])
+
+
+def summaries(group: str) -> dict[str, str]:
+    """Name -> one-line summary of every plug-in of a group."""
+    return {name: find(group, name).summary for name in names(group)}
+
+
+def is_target(text: str) -> bool:
+    """Whether this is `pkg.module:attribute` or `path/to/file.py:attribute`, not a plug-in's name."""
+    return ":" in text
+
+
+def load_target(text: str) -> Callable[..., Any]:
+    """Import `pkg.module:attribute` or `path/to/file.py:attribute` and return the attribute.
+
+    Raises UsageError that says which part failed and why.
+    """
+    place, _, attribute = text.rpartition(":")
+    module = _load_file(place) if place.endswith(".py") else _load_module(place)
+    try:
+        built: Callable[..., Any] = getattr(module, attribute)
+    except AttributeError:
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise UsageError(
+            f"'{place}' has no '{attribute}'", expected="a builder", remedy=nearest(attribute, public)
+        ) from None
+    if not callable(built):
+        raise UsageError(f"'{text}' is not callable", expected="a builder", got=type(built).__name__)
+    return built
+
+
+def _load_module(place: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(place)
+    except Exception as e:
+        raise UsageError(
+            f"module '{place}' does not import",
+            got=f"{type(e).__name__}: {e}",
+            remedy="run from the folder that holds it, or install it",
+        ) from e
+
+
+def _load_file(place: str) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise UsageError(f"no file '{place}'", expected="path/to/file.py:build")
+    name = f"assay_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise UsageError(f"'{place}' does not import", got=f"{type(e).__name__}: {e}") from e
+    return module

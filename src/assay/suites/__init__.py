@@ -1,0 +1,1 @@
+"""Suites, one file each: the plans, with their options, KPIs and exports."""

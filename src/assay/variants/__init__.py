@@ -1,0 +1,1 @@
+"""Variants, one file each: a module-level VARIANT wires a system into the bench."""

@@ -1,0 +1,1 @@
+"""Workloads, one file each; a module-level WORKLOAD is found by its file's name."""
