@@ -50,7 +50,7 @@ class Option:
     default: Scalar
     help: str
     choices: tuple[Scalar, ...] = ()
-    minimum: int | None = None
+    minimum: int | None = None  # for whole numbers
 
 
 @runtime_checkable
@@ -99,12 +99,14 @@ class Trial(Protocol):
     """A workload prepared on a system. `step` is the only timed part.
 
     `phases` are the marks of a step in order; empty where the step is one piece. `outputs(seed)` runs the
-    very code that `step` times on the inputs of that seed and returns what the gate compares; `kept`
-    quantities are named `loss`, `logits`, `tokens`, `grad:<name>`.
+    very code that `step` times on the inputs of that seed and returns what the gate compares: `loss`,
+    `logits`, `tokens`, `grad:<name>`, or `output:<path>`.
     """
 
-    phases: tuple[str, ...]
-    work: Mapping[str, Work]
+    @property
+    def phases(self) -> tuple[str, ...]: ...
+    @property
+    def work(self) -> Mapping[str, Work]: ...
 
     def step(self, mark: Mark) -> None: ...
     def reset(self) -> None: ...  # untimed, before every sample
@@ -134,7 +136,7 @@ class Variant:
     summary: str
     build: Callable[[Case, Options], System]
     options: Mapping[str, Option] = field(default_factory=dict)
-    claims: Callable[[Case, Options], Sequence[Claim]] = lambda case, options: ()
+    claims: Callable[[Case, Options], Sequence[Claim]] = lambda _case, _options: ()
     requires: tuple[str, ...] = ()  # "cuda", or importable modules
     weights: Literal["shared", "own", "none"] = "shared"
     oracle: Callable[[Case], System] | None = None
@@ -143,27 +145,38 @@ class Variant:
     check: Callable[[Case], None] | None = None  # raises UsageError before any process starts; no torch
 
 
-class Probe(Protocol):
-    """A property that a right system has: returns the departure, where it is, and on what scale to judge."""
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A property that a right system has, tried on the arm in float32.
 
-    def __call__(self, system: Any, case: Case) -> tuple[float, float, str]: ...
+    `run(system, case)` returns how far the output moved, the scale to judge that on, and where.
+    """
+
+    run: Callable[[Any, Case], tuple[float, float, str]]
+    expects_change: bool
 
 
 class Workload(Protocol):
-    """What an arm is asked to do. One file a workload; a module-level WORKLOAD is found by its file's name."""
+    """What an arm is asked to do; a module-level WORKLOAD is found by its file's name."""
 
-    summary: str
-    params: Mapping[str, Option]
-    probes: Mapping[str, Probe]
+    @property
+    def summary(self) -> str: ...
+    @property
+    def params(self) -> Mapping[str, Option]: ...
+    @property
+    def probes(self) -> Mapping[str, Probe]: ...
 
     def check(self, case: Case) -> None:
         """Raise UsageError where no machine could run this case."""
 
-    def gate_case(self, case: Case, budget_flops: float) -> Case:
-        """The case itself where the oracle fits the budget, else a smaller one through the same code."""
+    def smaller(self, case: Case) -> Case | None:
+        """The next smaller case through the same code, for an oracle that does not fit; None at the end."""
 
     def prepare(self, system: Any, case: Case) -> Trial:
         """Make the inputs of the case's seed and return the trial."""
+
+    def expected(self, system: Any, case: Case, seed: int) -> Mapping[str, Tensor]:
+        """What `Trial.outputs(seed)` must give, computed on the oracle the plainest way."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from assay.errors import UsageError, nearest
 
-__all__ = ["GROUPS", "find", "is_target", "load_target", "names", "summaries"]
+__all__ = ["GROUPS", "find", "find_variant", "is_target", "load_target", "names", "shapes", "summaries"]
 
 GROUPS: Mapping[str, str] = {
     "variants": "VARIANT",
@@ -54,6 +54,7 @@ def names(group: str) -> list[str]:
 
 def find(group: str, name: str) -> Any:
     """Return the plug-in object of that name. Raises UsageError with the nearest name."""
+    assert group in GROUPS, f"no group '{group}'"
     known = _locations(group)
     if name not in known:
         kind = group.removesuffix("s")
@@ -67,13 +68,32 @@ def find(group: str, name: str) -> Any:
 
 
 def summaries(group: str) -> dict[str, str]:
-    """Name -> one-line summary of every plug-in of a group."""
-    return {name: find(group, name).summary for name in names(group)}
+    """Name -> one-line summary of every plug-in of a group; one that does not import says so instead."""
+    found = {}
+    for name in names(group):
+        try:
+            found[name] = str(find(group, name).summary)
+        except Exception as e:
+            found[name] = f"does not import: {_one_line(e)}"
+    return found
 
 
 def is_target(text: str) -> bool:
     """Whether this is `pkg.module:attribute` or `path/to/file.py:attribute`, not a plug-in's name."""
     return ":" in text
+
+
+def find_variant(target: str) -> Any:
+    """The variant of a built-in name, or one made around the user's builder at `place:attribute`."""
+    if not is_target(target):
+        return find("variants", target)
+    custom = importlib.import_module("assay.variants._custom")
+    return custom.custom_variant(target, load_target(target))
+
+
+def shapes() -> dict[str, str]:
+    """Name -> description of every built-in model shape."""
+    return dict(importlib.import_module("assay.systems.decoder.shapes").summaries())
 
 
 def load_target(text: str) -> Callable[..., Any]:
@@ -95,15 +115,19 @@ def load_target(text: str) -> Callable[..., Any]:
     return built
 
 
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _load_module(place: str) -> ModuleType:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(place)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UsageError(
             f"module '{place}' does not import",
-            got=f"{type(e).__name__}: {e}",
+            got=_one_line(e),
             remedy="run from the folder that holds it, or install it",
         ) from e
 
@@ -121,6 +145,6 @@ def _load_file(place: str) -> ModuleType:
         sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
-        raise UsageError(f"'{place}' does not import", got=f"{type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:
+        raise UsageError(f"'{place}' does not import", got=_one_line(e)) from e
     return module

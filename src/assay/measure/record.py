@@ -50,7 +50,8 @@ class Status(enum.StrEnum):
     UNAVAILABLE = "unavailable"  # this machine lacks what the arm needs
     OUT_OF_MEMORY = "out_of_memory"
     TIMEOUT = "timeout"
-    CRASHED = "crashed"  # the worker process died
+    CRASHED = "crashed"  # the worker process died by itself
+    KILLED = "killed"  # a signal ended the worker, the kernel's out-of-memory killer for one
     ERROR = "error"  # the arm raised
     PARTNER_FAILED = "partner_failed"  # nothing wrong here; the other arm of the pair did not finish
 
@@ -150,7 +151,7 @@ class PhaseMemory(msgspec.Struct, frozen=True, kw_only=True):
     reserved_mib: float
 
 
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
+class Memory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Memory of one arm alone on the device, MiB of 2^20 bytes.
 
     `source` is `cuda-allocator` or `resident` (CPU: resident memory from a sampler; then `reserved_mib`

@@ -1,0 +1,189 @@
+"""The seam between the session and an arm: a worker process behind two pipes, or a runner in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Protocol, Self, TypeVar
+
+import msgspec
+
+import assay
+from assay.errors import Unavailable, UsageError, WorkerError
+from assay.measure.record import Arm
+from assay.wire import Failure, Opened, Reply, Request, pack, read_frame
+
+__all__ = ["Channel", "Handler", "InlineChannel", "ProcessChannel", "answer", "ask"]
+
+R = TypeVar("R")
+
+
+class Handler(Protocol):
+    """Answers requests: the runner of worker.py."""
+
+    def handle(self, request: Request) -> Reply: ...
+    def close(self) -> None: ...
+
+
+class Channel(Protocol):
+    """One arm, wherever it lives. Its first reply, Opened, answers the opening that started it."""
+
+    def send(self, request: Request) -> None: ...
+    def receive(self) -> Reply: ...
+    def close(self) -> None: ...
+
+
+def ask(channel: Channel, request: Request, kind: type[R]) -> R:
+    """Send a request and require a reply of one kind. Raises WorkerError, Unavailable or UsageError."""
+    channel.send(request)
+    return answer(channel, kind)
+
+
+def answer(channel: Channel, kind: type[R]) -> R:
+    """Require a reply of one kind to what was sent before. Raises what the other side failed with."""
+    reply = channel.receive()
+    if isinstance(reply, Failure):
+        raise failure(reply)
+    if not isinstance(reply, kind):
+        raise WorkerError("crashed", f"the worker answered {type(reply).__name__}, not {kind.__name__}")
+    return reply
+
+
+def failure(reply: Failure) -> Unavailable | UsageError | WorkerError:
+    """The exception that a worker's failure stands for."""
+    if reply.status == "unavailable":
+        return Unavailable(reply.reason, reply.remedy)
+    if reply.status == "usage":
+        return UsageError(reply.reason)
+    return WorkerError(reply.status, reply.reason)
+
+
+class InlineChannel:
+    """The runner in this process: for debugging, and for plain callables."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._reply: Reply = Opened(import_s=0.0)
+
+    def send(self, request: Request) -> None:
+        self._reply = self._handler.handle(request)
+
+    def receive(self) -> Reply:
+        return self._reply
+
+    def close(self) -> None:
+        self._handler.close()
+
+
+class ProcessChannel:
+    """`python -m assay.worker` under the arm's interpreter, environment and folder.
+
+    The worker leads a process group of its own, so that Ctrl-C reaches only the session, and ends when its
+    pipe does. What it prints goes to a log in the scratch folder.
+    """
+
+    def __init__(self, arm: Arm, scratch: Path, timeout_s: float) -> None:
+        self._deadline = time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
+        self._python = arm.python or sys.executable
+        self._log = scratch / f"worker-{os.urandom(4).hex()}.log"
+        request_out, self._to = os.pipe()
+        self._from, reply_in = os.pipe()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [self._python, "-m", "assay.worker", str(request_out), str(reply_in)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(request_out, reply_in),
+                env=_environment(arm, scratch),
+                cwd=arm.cwd,
+                start_new_session=True,
+            )
+        os.close(request_out)
+        os.close(reply_in)
+        self._fds: tuple[int, ...] = (self._to, self._from)
+        self._decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+    @classmethod
+    def open(cls, arm: Arm, scratch: Path, timeout_s: float) -> Self:
+        """Start a worker; UsageError where the interpreter cannot be started at all."""
+        try:
+            return cls(arm, scratch, timeout_s)
+        except OSError as e:
+            raise UsageError(f"'{arm.python}' cannot be started", got=e.strerror) from e
+
+    def send(self, request: Request) -> None:
+        try:
+            os.write(self._to, pack(request))
+        except BrokenPipeError as e:
+            raise self._died() from e
+
+    def receive(self) -> Reply:
+        try:
+            return self._decoder.decode(read_frame(self._read))
+        except EOFError as e:
+            raise self._died() from e
+
+    def _read(self, size: int) -> bytes:
+        left = self._deadline - time.monotonic()
+        ready, _, _ = select.select([self._from], [], [], max(0.0, left))
+        if not ready:
+            self._kill()
+            raise WorkerError("timeout", f"no answer within --timeout {self._timeout_s:g} s")
+        return os.read(self._from, size)
+
+    def _died(self) -> WorkerError | Unavailable:
+        code = self._process.wait()
+        tail = _last_line(self._log)
+        if "ModuleNotFoundError" in tail and self._python != sys.executable:
+            module = tail.rpartition("'")[0].rpartition("'")[2]
+            return Unavailable(
+                f"the arm's interpreter lacks '{module}'",
+                f"{self._python} -m pip install msgspec numpy psutil",
+            )
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = ", perhaps by the system for lack of memory" if name == "SIGKILL" else ""
+            return WorkerError("killed", f"the worker was ended by {name}{hint}")
+        return WorkerError("crashed", f"the worker exited with {code}: {tail}")
+
+    def close(self) -> None:
+        """Close the pipes; a worker that does not leave by itself is killed with its children."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = ()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _environment(arm: Arm, scratch: Path) -> dict[str, str]:
+    """The arm's variables over ours. A foreign interpreter gets this package and nothing else."""
+    env = {**os.environ, **arm.env}
+    package = Path(assay.__file__).resolve().parent
+    place = scratch / "path"
+    place.mkdir(exist_ok=True)
+    link = place / "assay"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(package, target_is_directory=True)
+    others = [] if arm.python else [env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), arm.env.get("PYTHONPATH", ""), *others]))
+    return env
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "it printed nothing"

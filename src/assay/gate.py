@@ -1,0 +1,346 @@
+"""The gate: same work, or no ratio. And the proofs: the claimed thing really ran.
+
+Pure functions over tensors and numbers; torch is imported where it is used. Tolerances are fixed here,
+beside what they judge, and no flag or variable loosens them.
+
+Two tiers. *Meaning*: the arm in float32 against the oracle one precision above, with a tight absolute
+tolerance; this catches a wrong mask, scale or rotation. *Precision*: the arm in the case's dtype; its error
+may be at most K times the error that the reference implementation makes in that dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from assay.contracts import Claim
+from assay.measure.record import Figure, Scalar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Departure",
+    "compare",
+    "errors",
+    "explain",
+    "first_departing",
+    "judge_outputs",
+    "one_ulp",
+    "opaque_rounding",
+    "probe_figure",
+    "prove",
+    "same_state",
+    "worst",
+]
+
+# Meaning: float32 arithmetic of a whole model stays well under these, and the mildest mutant well above.
+MEANING_LIMIT = {"loss": 1e-5, "logits": 2e-4, "grad": 1e-3, "output": 1e-4}
+K = 3.0  # precision tier: outputs, loss and gradients alike
+# A reference can land closer to the oracle than its own rounding by luck; one unit of rounding is allowed.
+ROUNDING = {
+    "fp64": 2.0**-52,
+    "fp32": 2.0**-23,
+    "bf16": 2.0**-8,
+    "fp16": 2.0**-11,
+    "bf16-autocast": 2.0**-8,
+    "as given": 0.0,  # opaque functions: their own response and their output's rounding decide
+}
+GRAD_SHARE = 1e-3  # a gradient is scaled by at least this share of the whole gradient's norm
+EXTRA_ZEROS = 0.01  # share of entries that may be exactly zero beyond the oracle's own zeros
+PROBE_LIMIT = 1e-4  # relative, in float32
+
+_COMPARE = {"==": operator.eq, ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
+
+class Departure(NamedTuple):
+    """How far one tensor is from the oracle's, where, and what disqualifies it outright."""
+
+    error: float
+    where: str
+    fault: str
+
+
+def kind(quantity: str) -> str:
+    """`grad:model.norm.weight` -> `grad`: the row of the tolerance tables."""
+    name = quantity.partition(":")[0]
+    return name if name in MEANING_LIMIT else "output"
+
+
+def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
+    """Departure of `out` from `ref`, same shape, any dtypes; computed in float64.
+
+    Outputs are judged row by row (last dimension), each row's L2 distance over the root mean square of the
+    reference rows' norms, and the worst row counts: one wrong position cannot hide among good ones.
+    Gradients are judged whole, over max(norm, share of the whole gradient's norm) = `scale`.
+    """
+    if tuple(out.shape) != tuple(ref.shape):
+        return Departure(math.inf, "", f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}")
+    fault = _counts(out, ref)
+    if out.is_floating_point() is False:
+        return _compare_integers(out, ref, fault)
+    target = ref.double()
+    delta = (out.double() - target).masked_fill(out == ref, 0.0)  # equal infinities do not differ
+    if scale is not None:
+        error, where = float(delta.norm()) / max(float(target.norm()), scale, 1e-300), ""
+    else:
+        rows = delta.reshape(-1, delta.shape[-1]) if delta.dim() > 1 else delta.reshape(-1, 1)
+        size = target.reshape(rows.shape).norm(dim=1).square().mean().sqrt()
+        errors = rows.norm(dim=1) / size.clamp_min(1e-300)
+        error = float(errors.max()) if errors.numel() else 0.0
+        where = _place(errors, error, tuple(delta.shape))
+    return Departure(math.inf if math.isnan(error) else error, where, fault)
+
+
+def _compare_integers(out: Tensor, ref: Tensor, fault: str) -> Departure:
+    wrong = (out != ref).reshape(-1)
+    first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
+    where = f"first at {_index(first, tuple(out.shape))}" if first >= 0 else ""
+    return Departure(float(wrong.double().mean()) if wrong.numel() else 0.0, where, fault)
+
+
+def _counts(out: Tensor, ref: Tensor) -> str:
+    """Non-finite and exactly-zero entries against the oracle's own counts; nothing is masked first."""
+    if out.numel() == 0 or not out.is_floating_point():
+        return ""
+    bad, ref_bad = (int((~t.isfinite()).sum()) for t in (out, ref))
+    if bad != ref_bad:
+        return f"{bad} non-finite entries of {out.numel()}, the oracle has {ref_bad}"
+    zeros, ref_zeros = (int((t == 0).sum()) for t in (out, ref))
+    if ref_zeros == ref.numel():
+        return "the oracle's values are all zero: nothing was compared"
+    if zeros > ref_zeros + EXTRA_ZEROS * out.numel() + 1:
+        return f"{zeros} zero entries of {out.numel()}, the oracle has {ref_zeros}"
+    return ""
+
+
+def _index(flat: int, shape: tuple[int, ...]) -> str:
+    index = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    return "[" + ", ".join(map(str, reversed(index))) + "]"
+
+
+def _place(errors: Tensor, worst_error: float, shape: tuple[int, ...]) -> str:
+    """The first row whose error is a tenth of the worst or more: where the departure begins."""
+    if errors.numel() < 2 or worst_error == 0 or math.isnan(worst_error):
+        return ""
+    first = int((errors >= worst_error / 10).nonzero()[0])
+    name = "position" if len(shape) > 1 else "element"
+    return f"first at {name} {_index(first, shape[:-1] if len(shape) > 1 else shape)}"
+
+
+def judge_outputs(
+    tier: str,
+    stage: str,
+    outputs: Mapping[str, Tensor | None],
+    oracle: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    reference: Mapping[str, float] | None = None,
+) -> list[Figure]:
+    """One figure for every quantity of the oracle; a quantity that the arm lacks, or has too much, fails.
+
+    `reference` holds the reference implementation's own errors at this dtype (precision tier only).
+    """
+    grad_norm = _grad_norm(oracle)
+    figures = [
+        _figure(tier, stage, name, outputs.get(name), ref, grad_norm, dtype, reference)
+        for name, ref in oracle.items()
+    ]
+    extra = [name for name in outputs if name not in oracle and outputs[name] is not None]
+    for name in extra:
+        note = "the oracle has no such quantity"
+        figures.append(
+            Figure(tier=tier, stage=stage, quantity=name, error=None, limit=None, passed=False, note=note)
+        )
+    return figures
+
+
+def _figure(
+    tier: str,
+    stage: str,
+    name: str,
+    out: Tensor | None,
+    ref: Tensor,
+    grad_norm: float,
+    dtype: str,
+    reference: Mapping[str, float] | None,
+) -> Figure:
+    limit, ref_error = MEANING_LIMIT[kind(name)], None
+    if reference is not None:
+        ref_error = reference[name]
+        limit = K * max(ref_error, _typical(name, reference), ROUNDING[dtype])
+    if out is None:
+        note = "missing: the arm gives no such quantity"
+        return Figure(tier=tier, stage=stage, quantity=name, error=None, limit=limit, passed=False, note=note)
+    departure = compare(out, ref.to(out.device), _scale(name, grad_norm))
+    return Figure(
+        tier=tier,
+        stage=stage,
+        quantity=name,
+        error=departure.error if math.isfinite(departure.error) else None,
+        limit=limit,
+        passed=not departure.fault and departure.error <= limit,
+        reference_error=ref_error,
+        where=departure.where,
+        note=departure.fault,
+    )
+
+
+def _grad_norm(oracle: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().norm()) ** 2 for n, t in oracle.items() if kind(n) == "grad"))
+
+
+def _scale(name: str, grad_norm: float) -> float | None:
+    return GRAD_SHARE * grad_norm if kind(name) == "grad" else None
+
+
+def _typical(name: str, reference: Mapping[str, float]) -> float:
+    """Median reference error over all gradients: one tensor's luck does not set its own limit."""
+    if kind(name) != "grad":
+        return 0.0
+    errors = sorted(e for n, e in reference.items() if kind(n) == "grad")
+    return errors[len(errors) // 2]
+
+
+def probe_figure(name: str, departure: float, scale: float, where: str, *, expects_change: bool) -> Figure:
+    """A property of one system. Where a change is expected, none is the failure; elsewhere any is."""
+    error = departure / max(scale, 1e-300)
+    passed = error > PROBE_LIMIT if expects_change else error <= PROBE_LIMIT
+    note = "" if passed else ("the output did not move" if expects_change else "the output moved")
+    return Figure(
+        tier="probe",
+        stage="before",
+        quantity=name,
+        error=error if math.isfinite(error) else None,
+        limit=PROBE_LIMIT,
+        passed=passed and math.isfinite(error),
+        where=where,
+        note=note,
+    )
+
+
+def worst(figures: Iterable[Figure]) -> list[Figure]:
+    """Every failure, and of the rest the one nearest its limit in each (tier, stage, kind)."""
+    kept: dict[tuple[str, str, str], Figure] = {}
+    failures: list[Figure] = []
+    for f in figures:
+        if not f.passed:
+            failures.append(f)
+            continue
+        key = (f.tier, f.stage, f.quantity if f.tier == "probe" else kind(f.quantity))
+        if key not in kept or _closeness(f) > _closeness(kept[key]):
+            kept[key] = f
+    return [*failures, *kept.values()]
+
+
+def _closeness(f: Figure) -> float:
+    return (f.error or 0.0) / f.limit if f.limit else 0.0
+
+
+def explain(figures: Sequence[Figure], layer: str = "") -> str:
+    """One line for a failed gate: what differs, by how much, and where it begins."""
+    failed = [f for f in figures if not f.passed]
+    if not failed:
+        return ""
+    order = {"probe": 0, "meaning": 1, "precision": 2}
+    first = min(failed, key=lambda f: (order[f.tier], kind(f.quantity) == "grad"))
+    size = f"error {first.error:.2g}, limit {first.limit:.2g}" if first.error is not None else ""
+    parts = [p for p in (first.note, size, first.where, layer) if p]
+    more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return f"{first.tier} gate: {first.quantity} differs: {', '.join(parts)}{more}"
+
+
+def prove(claims: Sequence[Claim], counters: Mapping[str, Scalar]) -> list[str]:
+    """The claims that the counters do not bear out, one line each. A missing counter proves nothing."""
+    failures = []
+    for claim in claims:
+        got = counters.get(claim.counter)
+        if isinstance(got, str) or got is None or not _COMPARE[claim.comparison](got, claim.value):
+            seen = "not counted" if got is None else got
+            failures.append(
+                f"{claim.why}: {claim.counter} is {seen}, expected {claim.comparison} {claim.value:g}"
+            )
+    return failures
+
+
+def same_state(own: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> str:
+    """Why two states are not the same weights, or an empty string. Compares names, shapes and values."""
+    import torch
+
+    for name, tensor in canonical.items():
+        mine = own.get(name)
+        if mine is None:
+            return f"parameter '{name}' is missing"
+        if mine.shape != tensor.shape:
+            return f"parameter '{name}' has shape {tuple(mine.shape)}, expected {tuple(tensor.shape)}"
+        if not torch.equal(mine.cpu().to(tensor.dtype), tensor):
+            return f"parameter '{name}' differs from the shared weights"
+    extra = [name for name in own if name not in canonical]
+    return f"parameter '{extra[0]}' is not in the shared weights" if extra else ""
+
+
+def errors(outputs: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> dict[str, float]:
+    """Error of every quantity that both hold, on the scales of `compare`."""
+    grad_norm = _grad_norm(oracle)
+    return {
+        name: compare(out, oracle[name].to(out.device), _scale(name, grad_norm)).error
+        for name, out in outputs.items()
+        if name in oracle
+    }
+
+
+def first_departing(layers: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> str:
+    """`first in model.layers.0 at position [0, 1]`, or an empty string where no layer can be named.
+
+    Layers are compared over the positions that both saw: an incremental pass starts with the prompt only.
+    """
+    for name, out in layers.items():
+        ref = oracle.get(f"layer:{name}")
+        if ref is None or ref.dim() != out.dim():
+            continue
+        if out.dim() == 3:
+            seen = min(out.shape[1], ref.shape[1])
+            out, ref = out[:, :seen], ref[:, :seen]
+        departure = compare(out, ref)
+        if departure.fault or departure.error > MEANING_LIMIT["logits"]:
+            return f"first layer that departs is {name}, {departure.where.removeprefix('first ')}".rstrip(
+                ", "
+            )
+    return ""
+
+
+def one_ulp(value: object) -> object:
+    """The same nested arguments with every floating tensor moved by one unit in the last place.
+
+    Signs of the moves alternate pseudo-randomly, from a fixed seed, so that they do not add up.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            return value
+        generator = torch.Generator().manual_seed(0)
+        up = torch.rand(value.shape, generator=generator) < 0.5
+        target = torch.where(up, math.inf, -math.inf).to(value.device, value.dtype)
+        moved = torch.nextafter(value.detach(), target)
+        return moved.requires_grad_(value.requires_grad)
+    if isinstance(value, Mapping):
+        return {k: one_ulp(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(one_ulp(v) for v in value)
+    return value
+
+
+OPAQUE_ROUNDING = 8.0  # units of rounding: another order of summation inside an opaque function
+
+
+def opaque_rounding(output: Tensor) -> float:
+    """The rounding that any function's result may carry, relative: 8 units of the output's own dtype."""
+    import torch
+
+    return OPAQUE_ROUNDING * torch.finfo(output.dtype).eps if output.is_floating_point() else 0.0

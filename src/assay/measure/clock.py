@@ -1,0 +1,161 @@
+"""Clocks: how one sample of a step is timed. Only this file reads time around a step.
+
+A step ends its phases by calling `mark(name)`; a name that comes again inside one step makes laps (one per
+generated token, say). With `inner` repetitions a sample is the mean of that many steps, so that short steps
+are long against the clock's resolution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise, repeat
+from typing import Any, Protocol
+
+import msgspec
+
+__all__ = ["Clock", "CudaClock", "FakeClock", "Timing", "WallClock", "for_device"]
+
+Mark = Callable[[str], None]
+Step = Callable[[Mark], None]
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample, per step, in nanoseconds. On CUDA `step_ns` is device time and `wall_ns` the host's."""
+
+    step_ns: float
+    wall_ns: float
+    phases_ns: dict[str, float] = {}
+    laps_ns: dict[str, list[float]] = {}
+
+
+class Clock(Protocol):
+    """Times a step; ends synchronised."""
+
+    name: str
+    resolution_ns: float  # differences below this mean nothing
+    target_ns: float  # a sample should be at least this long
+
+    def time(self, step: Step, inner: int = 1) -> Timing: ...
+    def synchronize(self) -> None: ...
+
+
+def ignore(phase: str) -> None:
+    """A mark that nobody listens to: lead-ins, warm-up and the gate use it."""
+
+
+class WallClock:
+    """`perf_counter_ns`, for the CPU and for opaque systems."""
+
+    name = "wall"
+    resolution_ns = 100.0
+    target_ns = 2_000_000.0
+
+    def time(self, step: Step, inner: int = 1) -> Timing:
+        now = time.perf_counter_ns
+        names: list[str] = []
+        stamps: list[int] = []
+
+        def mark(phase: str) -> None:
+            stamps.append(now())
+            names.append(phase)
+
+        begin = now()
+        for _ in repeat(None, inner):
+            step(mark)
+        end = now()
+        durations = [b - a for a, b in pairwise([begin, *stamps])]
+        total = end - begin
+        return _timing(total, total, names, durations, inner)
+
+    def synchronize(self) -> None:
+        """Nothing is asynchronous here."""
+
+
+class CudaClock:
+    """CUDA events on the current stream, read after the sample; host time beside them.
+
+    Nothing synchronises inside the sample: a mark records an event, and the one wait is at the end.
+    """
+
+    name = "cuda"
+    resolution_ns = 500.0  # of cudaEventElapsedTime, by CUDA's documentation
+    target_ns = 200_000.0
+
+    def __init__(self) -> None:
+        import torch
+
+        self._cuda = torch.cuda
+        self._pool: list[Any] = []
+
+    def _event(self, index: int) -> Any:
+        while len(self._pool) <= index:
+            self._pool.append(self._cuda.Event(enable_timing=True))
+        return self._pool[index]
+
+    def time(self, step: Step, inner: int = 1) -> Timing:
+        names: list[str] = []
+
+        def mark(phase: str) -> None:
+            names.append(phase)
+            self._event(len(names)).record()
+
+        first = self._event(0)
+        self._cuda.synchronize()
+        begin = time.perf_counter_ns()
+        first.record()
+        for _ in repeat(None, inner):
+            step(mark)
+        last = self._event(len(names) + 1)
+        last.record()
+        last.synchronize()
+        wall = time.perf_counter_ns() - begin
+        events = self._pool[: len(names) + 1]
+        durations = [a.elapsed_time(b) * 1e6 for a, b in pairwise(events)]
+        return _timing(first.elapsed_time(last) * 1e6, wall, names, durations, inner)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        self._cuda.synchronize()
+
+
+class FakeClock:
+    """Plays back the durations it is given, so that loops are tested exactly. Steps run untimed."""
+
+    name = "fake"
+    resolution_ns = 1.0
+    target_ns = 1.0
+
+    def __init__(self, durations_ns: Iterable[float]) -> None:
+        self._durations = iter(durations_ns)
+
+    def time(self, step: Step, inner: int = 1) -> Timing:
+        for _ in repeat(None, inner):
+            step(ignore)
+        duration = float(next(self._durations))
+        return Timing(step_ns=duration, wall_ns=duration)
+
+    def synchronize(self) -> None:
+        """Nothing runs."""
+
+
+def for_device(device: str) -> Clock:
+    """The clock that belongs to a device: `cuda` events there, the host's clock elsewhere."""
+    return CudaClock() if device.startswith("cuda") else WallClock()
+
+
+def _timing(
+    total_ns: float, wall_ns: float, names: Sequence[str], durations_ns: Sequence[float], inner: int
+) -> Timing:
+    """Fold marks into phases (sums per step) and, with one step a sample, the laps of repeated marks."""
+    phases: dict[str, float] = {}
+    laps: dict[str, list[float]] = {}
+    for name, duration in zip(names, durations_ns, strict=True):
+        phases[name] = phases.get(name, 0.0) + duration / inner
+        laps.setdefault(name, []).append(duration)
+    return Timing(
+        step_ns=total_ns / inner,
+        wall_ns=wall_ns / inner,
+        phases_ns=phases,
+        laps_ns={k: v for k, v in laps.items() if len(v) > 1} if inner == 1 else {},
+    )

@@ -1,0 +1,175 @@
+"""From a configuration to cases and arms: every check that needs no process, before any process starts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from assay import plugins
+from assay.config import RunConfig, parse_arm
+from assay.errors import UsageError, nearest
+from assay.measure import device, environment
+from assay.measure.record import Arm, Case, Scalar
+
+if TYPE_CHECKING:
+    from assay.contracts import Option, Variant, Workload
+
+__all__ = ["Plan", "make_plan", "resolve_options"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do. The first arm is the baseline of every pair."""
+
+    config: RunConfig
+    cases: Sequence[Case]
+    arms: Sequence[Arm]
+
+    @property
+    def pairs(self) -> Sequence[tuple[Arm, Arm]]:
+        """Baseline with each other arm."""
+        return [(self.arms[0], other) for other in self.arms[1:]]
+
+    def launches(self) -> int:
+        """Launches in all, for progress."""
+        return len(self.cases) * len(self.pairs) * self.config.launches
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Resolve names, options and grids. Raises UsageError or Unavailable; nothing has been written yet."""
+    config.validate()
+    workloads = {name: plugins.find("workloads", name) for name in config.workload}
+    _check_params(config, workloads)
+    arms = _arms(config)
+    where = device.resolve(config.device) if _needs_torch(config.device) else "cpu"
+    cases = [
+        Case(workload=name, params=params, dtype=dtype, device=where, seed=config.seed)
+        for name, workload in workloads.items()
+        for dtype in dict.fromkeys(_dtype(d, where) for d in config.dtype)
+        for params in _grid(workload, config.params)
+    ]
+    for case in cases:
+        workloads[case.workload].check(case)
+        for arm in arms:
+            _check_arm(arm, case)
+    return Plan(config=config, cases=cases, arms=arms)
+
+
+def _needs_torch(where: str) -> bool:
+    """`auto` without a GPU that the driver knows is the CPU; that takes no import of torch to see."""
+    return where != "cpu" and (where != "auto" or environment.nvml("cuda") is not None)
+
+
+def _dtype(dtype: str, where: str) -> str:
+    """`auto` is bfloat16 autocast on a GPU and float32 on a CPU."""
+    if dtype != "auto":
+        return dtype
+    return "bf16-autocast" if where.startswith("cuda") else "fp32"
+
+
+def _check_params(config: RunConfig, workloads: Mapping[str, Workload]) -> None:
+    known = {name: option for w in workloads.values() for name, option in w.params.items()}
+    for name, values in config.params.items():
+        if name not in known:
+            raise UsageError(
+                f"unknown parameter '{name}' for {', '.join(workloads)}",
+                expected=f"one of {', '.join(known)}" if known else "none",
+                remedy=nearest(name, known),
+            )
+        if not values:
+            raise UsageError(f"parameter '{name}' has no value", expected="one or more")
+        for value in values:
+            _check_value(name, value, known[name])
+
+
+def _check_value(name: str, value: Scalar, option: Option) -> None:
+    flag = "--" + name.replace("_", "-")
+    whole = isinstance(option.default, int) and not isinstance(option.default, bool)
+    if whole and (not isinstance(value, int) or isinstance(value, bool)):
+        raise UsageError(f"{flag} is not a whole number", expected="a whole number", got=repr(value))
+    if option.minimum is not None and isinstance(value, int) and value < option.minimum:
+        raise UsageError(f"{flag} is too small", expected=f"at least {option.minimum}", got=value)
+    if option.choices and value not in option.choices:
+        raise UsageError(
+            f"{flag} cannot be '{value}'",
+            expected=f"one of {', '.join(map(str, option.choices))}",
+            remedy=nearest(str(value), map(str, option.choices)),
+        )
+
+
+def _grid(workload: Workload, params: Mapping[str, Sequence[Scalar]]) -> list[dict[str, Scalar]]:
+    """Every combination of the values given for the workload's own parameters, defaults elsewhere."""
+    axes = [list(dict.fromkeys(params.get(n, [o.default]))) for n, o in workload.params.items()]
+    return [dict(zip(workload.params, values, strict=True)) for values in itertools.product(*axes)]
+
+
+def _arms(config: RunConfig) -> list[Arm]:
+    """Parse the arms; two equal ones (an A/A comparison) are told apart by a number."""
+    arms: list[Arm] = []
+    for text in config.arms:
+        arm = parse_arm(text)
+        same = sum(a.name.partition("#")[0] == arm.name for a in arms)
+        target = arm.target
+        if plugins.is_target(target):
+            target = _absolute(target, arm.cwd)
+        options = dict(arm.options)
+        if not plugins.is_target(target):
+            options = resolve_options(plugins.find("variants", target), arm, config)
+        name = f"{arm.name}#{same + 1}" if same else arm.name
+        arms.append(msgspec.structs.replace(arm, name=name, target=target, options=options))
+    return arms
+
+
+def _absolute(target: str, cwd: str | None) -> str:
+    """A file's path means the same wherever the worker runs; under `cwd=` it is meant from there."""
+    place, _, attribute = target.rpartition(":")
+    if not place.endswith(".py"):
+        return target
+    path = (Path(cwd or ".") / Path(place).expanduser()).resolve()
+    if not path.is_file():
+        raise UsageError(f"no file '{place}'", expected="path/to/file.py:build", got=str(path))
+    return f"{path}:{attribute}"
+
+
+def resolve_options(variant: Variant, arm: Arm, config: RunConfig | None = None) -> dict[str, Scalar]:
+    """The variant's defaults, under the run's compile flags, under the arm's own options.
+
+    Raises UsageError with the nearest name or the choices.
+    """
+    for key, value in arm.options.items():
+        known = variant.options.get(key)
+        if known is None:
+            raise UsageError(
+                f"arm '{arm.name}' has no option '{key}'",
+                expected=f"one of {', '.join(variant.options)}" if variant.options else "no options",
+                remedy=nearest(key, variant.options),
+            )
+        if known.choices and value not in known.choices:
+            raise UsageError(
+                f"option '{key}' of arm '{arm.name}' cannot be {value}",
+                expected=f"one of {', '.join(map(str, known.choices))}",
+                remedy=nearest(str(value), map(str, known.choices)),
+            )
+    flags: dict[str, Scalar] = (
+        {"compile": config.compile, "compile_mode": config.compile_mode} if config is not None else {}
+    )
+    return {name: arm.options.get(name, flags.get(name, o.default)) for name, o in variant.options.items()}
+
+
+def _check_arm(arm: Arm, case: Case) -> None:
+    """What can be known of an arm in a case without building it. A user's builder is asked later."""
+    if plugins.is_target(arm.target):
+        return
+    variant: Variant = plugins.find("variants", arm.target)
+    if variant.workloads and case.workload not in variant.workloads:
+        raise UsageError(
+            f"arm '{arm.name}' cannot do the workload '{case.workload}'",
+            expected=f"one of {', '.join(variant.workloads)}",
+        )
+    if variant.check is not None:
+        variant.check(case)

@@ -1,0 +1,149 @@
+"""The summary in a terminal: reads well at 80 columns and without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from assay.measure.record import Record
+from assay.measure.verdict import Comparison
+from assay.report import words
+from assay.report.view import CaseView, case_views, failures_of, gate_summary, warnings_of
+
+__all__ = ["render_summary"]
+
+_STYLES = {"faster": "bold green", "slower": "bold red", "same": "bold cyan", "unknown": "bold yellow"}
+_NO_RATIO = "bold magenta"
+_NUMERIC = ("median", "peak MiB", "MFU", "MBU", "build", "first call", "worst error", "limit")
+
+
+def render_summary(records: Sequence[Record], comparisons: Sequence[Comparison], console: Console) -> None:
+    """Print every case with its arms, then all verdicts once more where there are several cases."""
+    views = case_views(records, comparisons)
+    for view in views:
+        _print_case(view, console)
+    if len(views) > 1 and comparisons:
+        _print_verdicts(views, console)
+
+
+def _print_case(view: CaseView, console: Console) -> None:
+    _hang(console, "", Text(str(view.case), style="bold"))
+    for comparison in view.comparisons:
+        _print_comparison(comparison, console)
+    for table in (_speed_table(view), _cost_table(view), _gate_table(view)):
+        if table.row_count:
+            console.print()
+            console.print(Padding(table, (0, 0, 0, 2)))
+    notes = [*_failures(view), *_warnings(view)]
+    if any(share is not None for arm in view.arms for share in (arm.share().mfu, arm.share().mbu)):
+        notes.insert(0, Text("MFU, MBU: share of the ceilings measured on this machine", style="dim"))
+    if notes:
+        console.print()
+    for note in notes:
+        _hang(console, "  ", note)
+    console.print()
+
+
+def _print_comparison(comparison: Comparison, console: Console) -> None:
+    _hang(console, "  ", _sentence(comparison))
+    if len(comparison.phases) > 1:
+        parts = ", ".join(f"{phase} {words.ratio(found)}" for phase, found in comparison.phases.items())
+        _hang(console, "    ", Text(f"ratio by phase: {parts}", style="dim"))
+    if comparison.noise:
+        _hang(console, "    ", Text(words.noise_sentence(comparison.noise), style="dim"))
+
+
+def _print_verdicts(views: Sequence[CaseView], console: Console) -> None:
+    console.print(Text("verdicts", style="bold"))
+    for view in views:
+        _hang(console, "  ", Text(str(view.case), style="dim"))
+        for comparison in view.comparisons:
+            _hang(console, "    ", _sentence(comparison))
+
+
+def _hang(console: Console, indent: str, line: Text) -> None:
+    """Print a line that wraps at words, every further row two columns to the right of the first."""
+    width = max(20, console.width - len(indent) - 2)
+    for i, row in enumerate(line.wrap(console, width)):
+        row.rstrip()
+        console.print(Text.assemble(indent + "  " * (i > 0), row), soft_wrap=True)
+
+
+def _style(comparison: Comparison) -> str:
+    return _STYLES.get(comparison.verdict or "", _NO_RATIO)
+
+
+def _sentence(comparison: Comparison) -> Text:
+    return Text(words.sentence(comparison), style=_style(comparison))
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for header in headers:
+        numeric = header in _NUMERIC
+        table.add_column(header, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    return table
+
+
+def _speed_table(view: CaseView) -> Table:
+    table = _table("arm", "median", "ratio to baseline", "verdict", "memory")
+    found = {c.other: c for c in view.comparisons}
+    for arm in view.arms:
+        ratio, verdict, memory = "", Text(""), ""
+        if c := found.get(arm.name):
+            ratio = words.ratio(c.interval) if c.interval else words.UNKNOWN
+            verdict = Text(words.verdict_word(c), style=_style(c))
+            memory = c.memory.verdict if c.memory else ""
+        elif view.comparisons:
+            ratio = "1 (baseline)"
+        table.add_row(Text(arm.name), words.duration(arm.median_ns()), ratio, verdict, memory)
+    return table
+
+
+def _cost_table(view: CaseView) -> Table:
+    """Peak memory, share of this machine's measured ceilings, and cold start."""
+    table = _table("arm", "peak MiB", "MFU", "MBU", "build", "first call")
+    for arm in (a for a in view.arms if a.measured):
+        share, cold = arm.share(), arm.cold
+        table.add_row(
+            Text(arm.name),
+            words.mib(arm.peak_mib),
+            words.share(share.mfu),
+            words.share(share.mbu),
+            words.duration(cold.build_s * 1e9 if cold else None),
+            words.duration(cold.first_call_s * 1e9 if cold else None),
+        )
+    return table
+
+
+def _gate_table(view: CaseView) -> Table:
+    table = _table("gate", "quantity", "worst error", "limit", "arm")
+    for row in gate_summary(view):
+        where = f" at {row.worst.where}" if row.failed and row.worst.where else ""
+        table.add_row(
+            Text("FAILED", style="bold red") if row.failed else Text("passed"),
+            Text(f"{row.kind} ({row.tier})"),
+            words.error(row.worst.error),
+            words.error(row.worst.limit),
+            Text(row.arm + where),
+        )
+    return table
+
+
+def _failures(view: CaseView) -> list[Text]:
+    """Statuses with their reasons, except those that a sentence has given already."""
+    said = " ".join(c.reason for c in view.comparisons)
+    return [
+        Text(f"{arm}: {words.outcome(outcome.status, outcome.launches, outcome.reason)}", style="magenta")
+        for arm, outcome in failures_of(view)
+        if not (outcome.reason and outcome.reason in said)
+    ]
+
+
+def _warnings(view: CaseView) -> list[Text]:
+    found = warnings_of(view.records)
+    return [Text(f"warning: {w.text} ({', '.join(w.arms)})", style="yellow") for w in found]

@@ -1,0 +1,115 @@
+"""What the verbs `compare`, `run` and `report` do: run the session, then judge, show and write the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from assay import session
+from assay.config import RunConfig, from_mapping
+from assay.errors import StoreError, UsageError
+from assay.measure import environment
+from assay.measure.device import load_calibration
+from assay.measure.record import Record
+from assay.measure.store import write_atomically
+from assay.measure.verdict import Comparison, StoredScatter, compare_records, exit_code
+from assay.plan import make_plan
+
+__all__ = ["execute", "judged", "show"]
+
+RESULTS = Path("assay-results")
+
+
+def execute(config: RunConfig, folder: str | None, output: str, *, resume: bool, verbose: bool) -> int:
+    """Measure what the configuration asks for, print the verdicts, write the report; return the exit code."""
+    from rich.console import Console
+
+    from assay.report.progress import RichProgress
+
+    plan = make_plan(config)
+    place = _folder(config, folder, resume=resume)
+    _check_writable(place, output)
+    console = Console(stderr=True)
+    outcome = session.run(plan, place, RichProgress(console), resume=resume)
+    if not outcome.records:
+        console.print("nothing was measured before the run was stopped")
+        return 130
+    return show(outcome.records, place, output, verbose=verbose)
+
+
+def show(records: Sequence[Record], folder: Path, output: str | None, *, verbose: bool) -> int:
+    """Judge the records, print the summary, write the report and the exports; return the exit code."""
+    from rich.console import Console
+
+    from assay.report.seed_json import seed_results
+    from assay.report.terminal import render_summary
+    from assay.report.write import write_report
+
+    config = from_mapping(records[0].config, "the records")
+    comparisons = judged(records, config)
+    console = Console()
+    render_summary(records, comparisons, console, verbose=verbose)
+    paths = list(write_report(folder, records, comparisons))
+    if output is not None:
+        path = Path(output)
+        text = msgspec.json.format(msgspec.json.encode(seed_results(records, comparisons)), indent=2)
+        write_atomically(path, text + b"\n")
+        paths.append(path)
+    pages = [p for p in paths if p.suffix in (".html", ".md", ".json")]
+    console.print("written: " + ", ".join(str(p) for p in pages), soft_wrap=True, highlight=False)
+    return exit_code(comparisons, records, config.fail_if_slower)
+
+
+def judged(records: Sequence[Record], config: RunConfig) -> list[Comparison]:
+    """The comparisons that the records support, with this machine's stored scatter where it has one."""
+    key = environment.device_key(records[0].case.device)
+    return compare_records(
+        records,
+        margin=config.margin,
+        confidence=config.confidence,
+        stored=load_calibration(key, StoredScatter) if key else None,
+        asked_launches=config.launches,
+        anytime=config.until_verdict,
+    )
+
+
+def _folder(config: RunConfig, given: str | None, *, resume: bool) -> Path:
+    """The run's folder: the one given, the latest of this configuration to resume, or a new one."""
+    if given is not None:
+        place = Path(given)
+        if not resume and (place / "records.jsonl").exists():
+            raise UsageError(
+                f"'{given}' already holds a run",
+                expected="a new folder",
+                remedy="add --resume to go on with it, or choose another --dir",
+            )
+        return place
+    if resume:
+        earlier = sorted(RESULTS.glob(f"*-{config.hash[:6]}"))
+        if not earlier:
+            raise UsageError(
+                "no run of this configuration to resume",
+                expected=f"a folder {RESULTS}/*-{config.hash[:6]}",
+                remedy="name it with --dir, or leave out --resume",
+            )
+        return earlier[-1]
+    return RESULTS / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.hash[:6]}"
+
+
+def _check_writable(folder: Path, output: str) -> None:
+    """Find an unwritable place before anything is measured, and leave nothing behind."""
+    for path in (folder, Path(output)):
+        parent = path.absolute().parent if path.suffix else path.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise StoreError(f"cannot write '{path}': '{parent}' is not a folder; choose another place")
+        probe = parent / f".assay-probe-{id(path):x}"
+        try:
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as e:
+            raise StoreError(f"cannot write in '{parent}': {e.strerror}; choose another place") from e

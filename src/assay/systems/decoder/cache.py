@@ -1,0 +1,100 @@
+"""Key-value caches: one that grows by concatenation, and one of fixed size with its position on the device.
+
+Both answer `positions(T, device)` before a forward, `update(layer, k, v)` in each layer, and `advance(T)`
+after it. Shapes: B batch, K key-value heads, T new positions, S all positions, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from assay.systems.decoder.shapes import DecoderConfig
+
+__all__ = ["Cache", "GrowingCache", "StaticCache"]
+
+
+class Cache(Protocol):
+    """What the decoder asks of a cache."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def positions(self, count: int, device: torch.device) -> Tensor: ...  # of the new tokens, (T,)
+    def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def advance(self, count: int) -> None: ...
+
+
+class GrowingCache:
+    """What a plain program does: concatenate. `length` tokens are held."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens held for every row."""
+        return int(self.keys[0].shape[2]) if self.keys else 0
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        return torch.arange(self.length, self.length + count, device=device)
+
+    def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append to a layer and return all keys, all values and the mask that attention needs."""
+        if layer == len(self.keys):
+            self.keys.append(k_BKTD)
+            self.values.append(v_BKTD)
+            return k_BKTD, v_BKTD, None
+        k_BKSD = self.keys[layer] = torch.cat((self.keys[layer], k_BKTD), dim=2)
+        v_BKSD = self.values[layer] = torch.cat((self.values[layer], v_BKTD), dim=2)
+        T, S = k_BKTD.shape[2], k_BKSD.shape[2]
+        if T == 1:
+            return k_BKSD, v_BKSD, None
+        return k_BKSD, v_BKSD, torch.ones(T, S, dtype=torch.bool, device=k_BKSD.device).tril(S - T)
+
+    def advance(self, count: int) -> None:
+        """Nothing to do: the tensors have grown."""
+
+
+class StaticCache:
+    """Room for `size` tokens, allocated once; addresses never change, so a CUDA graph can be replayed.
+
+    The whole prompt goes in at once into an empty cache (then attention sees the fresh keys alone); after
+    it, one token at a time goes to the slot that `position`, a device tensor (1,), names, and slots beyond
+    it are masked. The host knows nothing of the position: who owns the cache counts against `size`.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, batch: int, size: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (batch, config.num_key_value_heads, size, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.size = size
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._slots_S = torch.arange(size, device=device)
+
+    def reset(self) -> None:
+        """Start over; what is in the slots is masked until it is overwritten."""
+        self.position.zero_()
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        return torch.arange(count, device=device) if count > 1 else self.position
+
+    def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write a prompt or one token; return the keys, values and mask (1, S) that attention needs."""
+        keys, values, T = self.keys[layer], self.values[layer], k_BKTD.shape[2]
+        if T > 1:
+            keys[:, :, :T].copy_(k_BKTD)
+            values[:, :, :T].copy_(v_BKTD)
+            return k_BKTD, v_BKTD, None
+        keys.index_copy_(2, self.position, k_BKTD.to(keys.dtype))
+        values.index_copy_(2, self.position, v_BKTD.to(values.dtype))
+        return keys, values, (self._slots_S <= self.position)[None, :]
+
+    def advance(self, count: int) -> None:
+        self.position.add_(count)

@@ -1,0 +1,70 @@
+"""Weights by name: reading them out of a module and loading them back, strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import UsageError
+
+__all__ = ["load_strict", "named_state"]
+
+
+def named_state(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> live tensor of every parameter and every buffer that a checkpoint keeps; tied ones once."""
+    kept = set(module.state_dict())
+    tensors = {name: p.detach() for name, p in module.named_parameters()}
+    return tensors | {name: b for name, b in module.named_buffers() if name in kept}
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Second name -> first name of the parameters that a module has under two names."""
+    first: dict[nn.Parameter, str] = {}
+    tied = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            tied[name] = first[parameter]
+    return tied
+
+
+@torch.no_grad()
+def load_strict(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, to: str, tied: Mapping[str, str] | None = None
+) -> None:
+    """Copy `given` into `own` by name. Nothing is written unless everything fits.
+
+    `tied` maps a second name to the name in `own`; given under both, the tensors must be equal. Raises
+    UsageError that names the first three missing, extra or mis-shaped tensors; `to` says whose they are.
+    """
+    tied = tied or {}
+    wanted = {tied.get(name, name): tensor for name, tensor in given.items() if tied.get(name) not in given}
+    _refuse(to, "missing", [name for name in own if name not in wanted])
+    _refuse(to, "extra", [name for name in wanted if name not in own])
+    wrong = [
+        f"{name} {tuple(wanted[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if wanted[name].shape != tensor.shape
+    ]
+    _refuse(to, "mis-shaped", wrong)
+    split = [
+        n for n, first in tied.items() if n in given and first in given and _differ(given[n], given[first])
+    ]
+    _refuse(to, "untied (its two names hold different values)", split)
+    for name, tensor in own.items():
+        tensor.copy_(wanted[name])
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or not torch.equal(a, b.to(a.device))
+
+
+def _refuse(to: str, fault: str, names: Iterable[str]) -> None:
+    names = list(names)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UsageError(
+            f"the weights do not fit {to}: {len(names)} {fault}: {', '.join(names[:3])}{more}",
+            remedy="give the builder a state_map, or use weights=own",
+        )

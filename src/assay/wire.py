@@ -1,0 +1,188 @@
+"""What the session says to a worker and what it answers: msgpack frames over a pair of pipes.
+
+A frame is a four-byte little-endian length and a msgpack body. Every request has exactly one reply. Big
+tensors never travel: they lie in the run's scratch folder, which all workers of the run map.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+import msgspec
+
+from assay.measure.clock import Timing
+from assay.measure.loop import WarmUp
+from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Scalar, Work
+
+__all__ = [
+    "Build",
+    "Built",
+    "Check",
+    "Failure",
+    "Finish",
+    "Finished",
+    "Gate",
+    "Gated",
+    "MeasureMemory",
+    "Open",
+    "Opened",
+    "Oracle",
+    "OracleMade",
+    "Ready",
+    "Reply",
+    "Request",
+    "Sample",
+    "Sampled",
+    "Warm",
+    "pack",
+    "read_frame",
+]
+
+HEADER = struct.Struct("<I")
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The first request: which arm, in which case, with which canonical weights."""
+
+    case: Case
+    arm: Arm
+    scratch: str
+    weights: str
+
+
+class Opened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The worker runs; how long its imports took."""
+
+    import_s: float
+
+
+class Oracle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Make the canonical weights and the oracle's answers (asked of the first arm's worker)."""
+
+    budget_flops: float
+
+
+class OracleMade(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What the gate will compare with; tensors lie in the scratch folder."""
+
+    case: Case  # the case that the gate runs at
+    oracle: str
+    state: str
+    reference: dict[str, float]  # quantity -> the reference's own error at the case's dtype
+    not_applicable: list[str] = []  # probes that the oracle itself does not pass
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Meaning tier and probes."""
+
+    made: OracleMade
+
+
+class Gate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Precision tier on the built trial; `stage` is `before` or `after` and selects the inputs."""
+
+    made: OracleMade
+    stage: str
+
+
+class Gated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Figures of a tier: the worst of each kind and every failure."""
+
+    figures: list[Figure]
+    layer: str = ""  # the first layer that departs, where one could be named
+
+
+class Build(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Build the arm at the case's dtype, load the weights, make one first call."""
+
+
+class Built(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Cold start and what was built."""
+
+    cold: Cold
+    phases: list[str]
+    work: dict[str, Work]
+    model: dict[str, Scalar]
+
+
+class MeasureMemory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One step alone on the device, for its peaks."""
+
+
+class Warm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Warm up, then calibrate the steps per sample."""
+
+    floor: int
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """How warm-up and calibration ended."""
+
+    warm_up: WarmUp
+    inner: int
+    clock: str
+    resolution_ns: float
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One turn: an untimed lead-in, then one sample."""
+
+    lead_in: int = 1
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The sample."""
+
+    timing: Timing
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Proof of effect and facts of the timed region. `profile` also counts operators in one more step."""
+
+    profile: bool
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Counters, the claims they do not bear out, and how the region went."""
+
+    proof: dict[str, Scalar]
+    disproved: list[str]
+    recompiled: str  # why the samples are void, where something was compiled between them
+    operators: str  # digest of the profiled operators and their counts; empty without a profile
+    environment: Environment
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request that failed: `status` is a record status, or `usage` where no machine could do it."""
+
+    status: str
+    reason: str
+    remedy: str = ""
+
+
+Request = Open | Oracle | Check | Build | MeasureMemory | Gate | Warm | Sample | Finish
+Reply = Opened | OracleMade | Gated | Built | Memory | Ready | Sampled | Finished | Failure
+
+
+def pack(message: Request | Reply) -> bytes:
+    """One frame."""
+    body = msgspec.msgpack.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def read_frame(read: Callable[[int], bytes]) -> bytes:
+    """The body of the next frame. Raises EOFError where the pipe ends."""
+    (size,) = HEADER.unpack(_exactly(read, HEADER.size))
+    return _exactly(read, size)
+
+
+def _exactly(read: Callable[[int], bytes], size: int) -> bytes:
+    parts: list[bytes] = []
+    while size:
+        part = read(size)
+        if not part:
+            raise EOFError("the pipe ended")
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,545 @@
+"""One arm: builds it, gates it, times it. `python -m assay.worker` runs this in the arm's own process.
+
+The session asks (wire.py), a Runner answers. The same Runner serves `--isolation inline` and the Python
+API from inside the session's process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from assay import gate, plan, plugins
+from assay.contracts import Case, Options, System, Trial, Variant, Workload
+from assay.errors import Unavailable, UsageError
+from assay.measure import clock, device, environment, memory, validity
+from assay.measure.loop import Sampler
+from assay.measure.record import Cold, Figure, Memory, Scalar
+from assay.wire import (
+    Build,
+    Built,
+    Check,
+    Failure,
+    Finish,
+    Finished,
+    Gate,
+    Gated,
+    MeasureMemory,
+    Open,
+    Opened,
+    Oracle,
+    OracleMade,
+    Ready,
+    Reply,
+    Request,
+    Sample,
+    Sampled,
+    Warm,
+    pack,
+    read_frame,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Runner", "main"]
+
+STAGES = {"before": 1, "after": 2}  # input streams of the gate
+PARAMETER_DTYPE = {"bf16": "bfloat16", "fp16": "float16"}  # the others keep float32 weights
+DOUBLE_ORACLE_PARAMETERS = 5e8  # above, a low-precision case has a float32 oracle
+LARGE_ORACLE_BYTES = 1 << 30  # above, the oracle's float64 answers are stored in float32
+
+
+def at(case: Case, dtype: str) -> Case:
+    """The case in another dtype."""
+    return msgspec.structs.replace(case, dtype=dtype)
+
+
+class Runner:
+    """Answers the session's requests for one arm. Holds the built system from Build to close."""
+
+    def __init__(self, opened: Open, variant: Variant, workload: Workload) -> None:
+        self.case, self.arm = opened.case, opened.arm
+        self.scratch, self.weights = Path(opened.scratch), opened.weights
+        self.variant, self.workload = variant, workload
+        self._stack = ExitStack()
+        self._system: Any = None
+        self._trial: Trial | None = None
+        self._sampler: Sampler | None = None
+        self._graphs = 0
+        self._before: dict[str, Scalar] = {}
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def handle(self, request: Request) -> Reply:
+        """Answer one request; an exception becomes the Failure that says how the case ended."""
+        try:
+            return self._answer(request)
+        except Exception as e:
+            traceback.print_exc()
+            return as_failure(e, self.arm.name)
+
+    def _answer(self, request: Request) -> Reply:
+        match request:
+            case Oracle():
+                return self.make_oracle(request.budget_flops)
+            case Check():
+                return self.check(request.made)
+            case Build():
+                return self.build()
+            case MeasureMemory():
+                return self.measure_memory()
+            case Gate():
+                return self.gate(request.made, request.stage)
+            case Warm():
+                return self.warm(request.floor)
+            case Sample():
+                return Sampled(timing=self._ready().sample(request.lead_in))
+            case Finish():
+                return self.finish(profile=request.profile)
+            case Open():
+                raise AssertionError("a runner is opened once")
+
+    def close(self) -> None:
+        """Leave the system's context."""
+        self._stack.close()
+
+    # -- oracle and meaning -----------------------------------------------------------------------
+
+    def make_oracle(self, budget_flops: float) -> OracleMade:
+        """Canonical weights, then the oracle's answers to both stages' inputs, into the scratch folder."""
+        import torch
+
+        state = {} if self.variant.opaque else self._canonical_state()
+        above = self._above(state)
+        with self._reference(above, state) as oracle:
+            case = self._gate_case(oracle, budget_flops)
+            answers = {s: self._answers(oracle, at(case, above), n) for s, n in STAGES.items()}
+            not_applicable = [
+                f"{f.quantity}: the baseline itself does not pass it, {f.where}"
+                for f in self._probe(oracle, at(case, above))
+                if not f.passed
+            ]
+        for stage, tensors in answers.items():
+            torch.save(_compact(tensors), self._oracle_path(stage))
+        reference = self._reference_errors(case, state, answers)
+        return OracleMade(
+            case=case,
+            oracle=f"{self.arm.name} itself" if self.variant.opaque else self._oracle_name(above),
+            state=_state_digest(state),
+            reference=reference,
+            not_applicable=not_applicable,
+        )
+
+    def _oracle_name(self, above: str) -> str:
+        if self.variant.oracle is not None:
+            return f"reference implementation in {above}"
+        return f"{self.arm.name} in {above}"
+
+    def _canonical_state(self) -> dict[str, Tensor]:
+        """The first arm's weights, rounded to the case's dtype before anybody sees them."""
+        import torch
+
+        dtype = getattr(torch, PARAMETER_DTYPE.get(self.case.dtype, "float32"))
+        with self._entered(self._construct(at(self.case, "fp32"))) as system:
+            state = {
+                name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.detach().cpu()).clone()
+                for name, t in system.state().items()
+            }
+        torch.save(state, self.scratch / f"state-{self.case.id}.pt")
+        return state
+
+    def _above(self, state: Mapping[str, Tensor]) -> str:
+        """One precision above the case, or two where that is affordable."""
+        size = sum(t.numel() for t in state.values())
+        return "fp64" if self.case.dtype == "fp32" or size <= DOUBLE_ORACLE_PARAMETERS else "fp32"
+
+    @contextmanager
+    def _reference(self, dtype: str, state: Mapping[str, Tensor]) -> Iterator[Any]:
+        """The oracle's implementation in a dtype, with the canonical weights."""
+        case = at(self.case, dtype)
+        system = self.variant.oracle(case) if self.variant.oracle else self._construct(case)
+        with self._entered(system):
+            if state:
+                system.load(state)  # type: ignore[attr-defined]  # a system that shares weights has it
+            yield system
+
+    def _gate_case(self, oracle: Any, budget_flops: float) -> Case:
+        """The case itself where one answer of the oracle fits the budget, else the first smaller one."""
+        case = self.case
+        while self._flops(oracle, case) > budget_flops:
+            smaller = self.workload.smaller(case)
+            if smaller is None:
+                break
+            case = smaller
+        return case
+
+    @staticmethod
+    def _flops(oracle: Any, case: Case) -> float:
+        stated = oracle.work(case.workload, case.params) if hasattr(oracle, "work") else {}
+        return sum(w.flops or 0.0 for name, w in stated.items() if name != "step")
+
+    def _answers(self, system: Any, case: Case, stream: int) -> dict[str, Tensor]:
+        with _captured(system) as layers:
+            found = dict(self.workload.expected(system, case, stream))
+        return found | {f"layer:{name}": t for name, t in layers.items()}
+
+    def _reference_errors(
+        self, case: Case, state: Mapping[str, Tensor], answers: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, float]:
+        """The reference at the case's own dtype against the oracle: the yardstick of the precision tier."""
+        if self.variant.opaque:
+            return self._own_response(answers)
+        errors: dict[str, float] = {}
+        with self._reference(self.case.dtype, state) as reference:
+            for stage, stream in STAGES.items():
+                outputs = self.workload.expected(reference, at(case, self.case.dtype), stream)
+                _keep_largest(errors, gate.errors(outputs, answers[stage]))
+        return errors
+
+    def _own_response(self, answers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """An opaque function's response to inputs moved by one unit in the last place."""
+        errors: dict[str, float] = {}
+        with self._entered(self._construct(self.case)) as system:
+            for stage, stream in STAGES.items():
+                moved = system.with_inputs(gate.one_ulp)
+                _keep_largest(
+                    errors, gate.errors(self.workload.expected(moved, self.case, stream), answers[stage])
+                )
+        return {name: max(e, gate.opaque_rounding(answers["before"][name])) for name, e in errors.items()}
+
+    def check(self, made: OracleMade) -> Gated:
+        """Meaning tier and probes: the arm itself in float32, on the gate's case."""
+        if self.variant.opaque:
+            return Gated(figures=[])  # the precision of an opaque function cannot be raised
+        case = at(made.case, "fp32")
+        oracle = self._load_oracle("before")
+        with self._entered(self._construct(case)) as system:
+            figures = self._load_weights(system, "fp32")
+            trial = self.workload.prepare(system, case)
+            outputs = trial.outputs(STAGES["before"])
+            figures += gate.judge_outputs(
+                "meaning", "before", outputs, _quantities(oracle), dtype="fp32", reference=None
+            )
+            skipped = {text.partition(":")[0] for text in made.not_applicable}
+            figures += [f for f in self._probe(system, case) if f.quantity not in skipped]
+            layer = "" if all(f.passed for f in figures) else self._first_layer(system, trial, oracle)
+        return Gated(figures=gate.worst(figures), layer=layer)
+
+    def _probe(self, system: Any, case: Case) -> list[Figure]:
+        return [
+            gate.probe_figure(name, *probe.run(system, case), expects_change=probe.expects_change)
+            for name, probe in self.workload.probes.items()
+        ]
+
+    def _first_layer(self, system: Any, trial: Trial, oracle: Mapping[str, Tensor]) -> str:
+        """Which layer departs first, by hooking the arm's layers on one more pass. Only for the message."""
+        with _captured(system) as layers:
+            trial.outputs(STAGES["before"])
+        return gate.first_departing(layers, oracle)
+
+    # -- the timed trial --------------------------------------------------------------------------
+
+    def build(self) -> Built:
+        """Build at the case's dtype and make the first call, each timed apart."""
+        begin = time.perf_counter()
+        system = self._stack.enter_context(self._entered(self._construct(self.case)))
+        self._system = system
+        differing = [f for f in self._load_weights(system, self.case.dtype) if not f.passed]
+        if differing:
+            raise UsageError(f"the weights of '{self.arm.name}' are not shared", got=differing[0].note)
+        trial = self.workload.prepare(system, self.case)
+        self._trial, built = trial, time.perf_counter()
+        ticker = clock.for_device(self.case.device)
+        trial.reset()
+        trial.step(clock.ignore)
+        ticker.synchronize()
+        called = time.perf_counter()
+        self._sampler = Sampler(trial, ticker)
+        return Built(
+            cold=Cold(import_s=IMPORT_S, build_s=built - begin, first_call_s=called - built),
+            phases=list(trial.phases),
+            work=dict(trial.work),
+            model=dict(system.describe()) if hasattr(system, "describe") else {},
+        )
+
+    def measure_memory(self) -> Memory:
+        """The peaks of one step, by phase, while no other arm works."""
+        trial = self._timed()
+        memory.release_host_memory()
+        trial.reset()
+        with memory.MemoryProbe(self.case.device) as probe:
+            trial.step(probe.mark)
+        return probe.result()
+
+    def gate(self, made: OracleMade, stage: str) -> Gated:
+        """Precision tier, on the very trial that is timed where the gate runs at the case's own shape."""
+        case = at(made.case, self.case.dtype)
+        trial = self._timed() if case == self.case else self.workload.prepare(self._system, case)
+        trial.reset()
+        outputs = trial.outputs(STAGES[stage])
+        oracle = {n: t for n, t in self._load_oracle(stage).items() if n in made.reference}
+        figures = gate.judge_outputs(
+            "precision", stage, outputs, oracle, dtype=self.case.dtype, reference=made.reference
+        )
+        return Gated(figures=gate.worst(figures))
+
+    def warm(self, floor: int) -> Ready:
+        """Choose the steps per sample, then warm up with them until the times are steady."""
+        sampler = self._ready()
+        sampler.calibrate()
+        warm_up = sampler.warm_up(floor)
+        sampler.sample()
+        self._graphs = compiled_graphs()
+        self._before = environment.telemetry(self.case.device)
+        return Ready(
+            warm_up=warm_up,
+            inner=sampler.inner,
+            clock=sampler.clock.name,
+            resolution_ns=sampler.clock.resolution_ns,
+        )
+
+    def finish(self, *, profile: bool) -> Finished:
+        """After the last sample: recompiles, counters, claims, telemetry."""
+        recompiled = validity.recompile_reason(self._graphs, compiled_graphs())
+        seen = environment.capture(self.case.device)
+        telemetry = environment.around(self._before, seen.telemetry)
+        counters: dict[str, Scalar] = dict(self._timed().proof())
+        operators = self._profile(counters) if profile and not self.variant.opaque else ""
+        claims = [
+            c
+            for c in self.variant.claims(self.case, self._options())
+            if profile or not c.counter.startswith("ops.")
+        ]
+        named = {c.counter for c in claims}
+        return Finished(
+            proof={k: v for k, v in counters.items() if k in named or not k.startswith("ops.")}
+            | {c: 0 for c in named if c.startswith("ops.") and c not in counters},
+            disproved=gate.prove(claims, _with_zero_operators(counters, named, profile)),
+            recompiled=recompiled or "",
+            operators=operators,
+            environment=msgspec.structs.replace(seen, telemetry=telemetry),
+        )
+
+    def _profile(self, counters: dict[str, Scalar]) -> str:
+        """Count the operators of one more step as `ops.<name>`; returns a digest of names and counts."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        trial = self._timed()
+        kinds = [ProfilerActivity.CPU]
+        if self.case.device.startswith("cuda") and torch.cuda.is_available():
+            kinds.append(ProfilerActivity.CUDA)
+        trial.reset()
+        with profile(activities=kinds, acc_events=True) as run:
+            trial.step(clock.ignore)
+            clock.for_device(self.case.device).synchronize()
+        found = sorted((e.key, e.count) for e in run.key_averages())
+        for name, count in found:
+            counters[f"ops.{name}"] = count
+        return hashlib.sha256(repr(found).encode()).hexdigest()[:12] if found else ""
+
+    # -- helpers ----------------------------------------------------------------------------------
+
+    def _options(self) -> Options:
+        """The variant's defaults under what the arm gives. Raises UsageError for an unknown option."""
+        return plan.resolve_options(self.variant, self.arm)
+
+    def _construct(self, case: Case) -> System:
+        import torch
+
+        torch.manual_seed(case.seed)
+        return self.variant.build(case, self._options())
+
+    @contextmanager
+    def _entered(self, system: System) -> Iterator[Any]:
+        with system as entered:
+            yield entered
+
+    def _load_weights(self, system: Any, dtype: str) -> list[Figure]:
+        """Load the canonical weights and look whether they arrived; nothing for an opaque function."""
+        import torch
+
+        if self.variant.opaque or self.weights == "own" or self.variant.weights != "shared":
+            return []
+        state = torch.load(self.scratch / f"state-{self.case.id}.pt", mmap=True, weights_only=True)
+        system.load(state)
+        note = gate.same_state(system.state(), state)
+        return [
+            Figure(
+                tier="meaning" if dtype == "fp32" else "precision",
+                stage="before",
+                quantity="weights",
+                error=None,
+                limit=None,
+                passed=not note,
+                note=note,
+            )
+        ]
+
+    def _oracle_path(self, stage: str) -> Path:
+        return self.scratch / f"oracle-{self.case.id}-{stage}.pt"
+
+    def _load_oracle(self, stage: str) -> dict[str, Tensor]:
+        import torch
+
+        loaded: dict[str, Tensor] = torch.load(self._oracle_path(stage), mmap=True, weights_only=True)
+        return loaded
+
+    def _timed(self) -> Trial:
+        assert self._trial is not None, "Build comes first"
+        return self._trial
+
+    def _ready(self) -> Sampler:
+        assert self._sampler is not None, "Build comes first"
+        return self._sampler
+
+
+def _with_zero_operators(
+    counters: Mapping[str, Scalar], named: set[str], profiled: bool
+) -> dict[str, Scalar]:
+    """In a profiled step an operator that was not seen ran zero times; without a profile it is unknown."""
+    zeros: dict[str, Scalar] = {n: 0 for n in named if profiled and n.startswith("ops.")}
+    return zeros | dict(counters)
+
+
+def _keep_largest(into: dict[str, float], found: Mapping[str, float]) -> None:
+    for name, error in found.items():
+        into[name] = max(error, into.get(name, 0.0))
+
+
+def _quantities(oracle: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t for n, t in oracle.items() if not n.startswith("layer:")}
+
+
+def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Host copies; in float32 where float64 would be very large."""
+    large = sum(t.numel() * t.element_size() for t in tensors.values()) > LARGE_ORACLE_BYTES
+    return {
+        n: t.detach().cpu().float() if large and t.is_floating_point() else t.detach().cpu()
+        for n, t in tensors.items()
+    }
+
+
+def _state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes, 12 hex digits; empty where there are no weights."""
+    import torch
+
+    if not state:
+        return ""
+    sha = hashlib.sha256()
+    for name, tensor in state.items():
+        sha.update(name.encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+@contextmanager
+def _captured(system: Any) -> Iterator[dict[str, Tensor]]:
+    """The first output of every layer that the system names, by forward hooks, while inside."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if name not in found and hasattr(value, "detach"):
+                found[name] = value.detach().cpu()
+
+        return hook
+
+    layers = system.layers() if hasattr(system, "layers") else {}
+    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far; 0 where it was never used."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def as_failure(error: Exception, arm: str) -> Failure:
+    """The status and the one line that an exception stands for."""
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, Unavailable):
+        return Failure(status="unavailable", reason=error.reason, remedy=error.remedy)
+    if isinstance(error, UsageError):
+        return Failure(status="usage", reason=text)
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate" in text
+    ):
+        return Failure(status="out_of_memory", reason=f"'{arm}' ran out of memory: {text[:200]}")
+    return Failure(status="error", reason=f"'{arm}' raised {type(error).__name__}: {text}")
+
+
+IMPORT_S = 0.0
+
+
+def open_runner(request: Open) -> Runner:
+    """Resolve the arm and the workload by name. Raises UsageError or Unavailable."""
+    device.resolve(request.case.device)
+    device.check_dtype(request.case.device, request.case.dtype)
+    workload = plugins.find("workloads", request.case.workload)
+    return Runner(request, plugins.find_variant(request.arm.target), workload)
+
+
+def main() -> None:
+    """Serve one session over the two pipe ends given as arguments, until the pipe ends."""
+    global IMPORT_S  # measured once, at the start of the process
+    source, sink = (int(a) for a in sys.argv[1:3])
+    if os.getcwd() not in sys.path:  # noqa: PTH109  (the arm's own folder comes first, as for `python -m`)
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    decoder = msgspec.msgpack.Decoder(Request)
+
+    def receive() -> Request:
+        request: Request = decoder.decode(read_frame(lambda n: os.read(source, n)))
+        return request
+
+    def send(reply: Reply) -> None:
+        data = memoryview(pack(reply))
+        while data:
+            data = data[os.write(sink, data) :]
+
+    opening = receive()
+    assert isinstance(opening, Open), "a session opens first"
+    begin = time.perf_counter()
+    runner: Runner | None = None
+    try:
+        import torch  # noqa: F401  (so that its import is timed apart from the arm's own)
+
+        runner = open_runner(opening)
+        IMPORT_S = time.perf_counter() - begin
+        send(Opened(import_s=IMPORT_S))
+    except Exception as e:
+        traceback.print_exc()
+        send(as_failure(e, opening.arm.name))
+    try:
+        while runner is not None:
+            send(runner.handle(receive()))
+    except (EOFError, BrokenPipeError):
+        pass
+    finally:
+        if runner is not None:
+            runner.close()
+
+
+if __name__ == "__main__":
+    main()

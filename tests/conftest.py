@@ -1,0 +1,29 @@
+"""What every test may rely on: the user's cache out of reach, few threads, GPU tests skipped without one."""
+
+import os
+import tempfile
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the process up before anything imports torch; child processes inherit both settings.
+
+    ASSAY_CACHE is where ceilings and calibrations are kept. Two xdist workers get one thread each, since
+    torch's pools would otherwise spin against each other on a small machine.
+    """
+    cache = tempfile.TemporaryDirectory(prefix="assay-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["ASSAY_CACHE"] = cache.name
+    os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a GPU test where there is no CUDA device; torch is imported only once such a test is to run."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device (scripts/gpu runs these)")
