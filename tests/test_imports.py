@@ -16,7 +16,19 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "assay"
 
-CORE = ("channel", "config", "contracts", "errors", "gate", "measure", "plugins", "wire")
+CORE = (
+    "channel",
+    "config",
+    "contracts",
+    "errors",
+    "gate",
+    "journal",
+    "measure",
+    "observer",
+    "plan",
+    "plugins",
+    "wire",
+)
 BENCH = ("errors", "measure.clock", "measure.record", "measure.stages")  # what a system may know of the bench
 
 # Part -> what it may import, all relative to `assay`; the longest matching part decides. Everything may
@@ -24,7 +36,12 @@ BENCH = ("errors", "measure.clock", "measure.record", "measure.stages")  # what 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "errors": (),
     "measure": ("errors",),
-    "plugins": ("errors", "variants._custom"),  # the latter makes a variant of a user's builder
+    # a user's builder becomes a variant there; named shapes are listed without torch
+    "plugins": ("errors", "systems.decoder.shapes", "variants._custom"),
+    "observer": ("measure.record",),
+    "plan": ("config", "contracts", "errors", "measure", "plugins"),
+    "journal": CORE,
+    "alone": CORE,
     "config": ("errors", "measure.record"),
     "systems": BENCH,
     "systems.c2c": (*BENCH, "systems.decoder"),
@@ -37,11 +54,13 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "suites": ("contracts", "errors", "measure.record", "measure.verdict", "report"),
     "wire": ("errors", "measure"),
     "channel": CORE,
-    "session": CORE,
+    "session": (*CORE, "worker"),  # the latter for `--isolation inline` only
     "worker": CORE,
-    "report": ("errors", "measure.record", "measure.stats", "measure.store", "measure.verdict"),
-    "api": (*CORE, "report", "session"),
-    "cli": (*CORE, "api", "data", "report", "session", "suites", "variants", "workloads"),
+    "doctor": (*CORE, "report", "session"),
+    "show": (*CORE, "report", "session"),
+    "report": ("errors", "observer", "measure.record", "measure.stats", "measure.store", "measure.verdict"),
+    "api": (*CORE, "alone", "report", "session", "worker"),
+    "cli": (*CORE, "doctor", "show"),
     "__main__": ("cli",),
     "__init__": ("api", "contracts", "errors", "measure.record", "measure.verdict"),
 }

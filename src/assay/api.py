@@ -154,6 +154,7 @@ def compare(
     from assay.session import run
 
     plan = _plan(list(functions), inputs, seed, time_budget_s, rel_ci, margin, warmup_steps)
+    plan.config.validate()
 
     def connect(opening: Open, _scratch: Path, _timeout_s: float) -> Channel:
         return _inline(opening, functions[opening.arm.name], inputs)
@@ -179,6 +180,9 @@ def measure(
     """
     from assay.alone import measure_alone
 
+    if samples < 1 or not time_budget_s > 0:
+        got = f"samples={samples}, time_budget_s={time_budget_s}"
+        raise UsageError("nothing would be measured", expected="one sample or more, and time", got=got)
     make = inputs or (lambda _seed: ())
     name = getattr(function, "__name__", "function")
     plan = _plan([name], make, seed, time_budget_s, 0.005, 0.01, warmup_steps)

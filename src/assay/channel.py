@@ -120,10 +120,8 @@ class ProcessChannel:
             raise UsageError(f"'{arm.python}' cannot be started", got=e.strerror) from e
 
     def send(self, request: Request) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # how the worker died is told where its reply is awaited
             os.write(self._to, pack(request))
-        except BrokenPipeError as e:
-            raise self._died() from e
 
     def receive(self) -> Reply:
         try:

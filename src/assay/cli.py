@@ -142,13 +142,13 @@ class Where:
     "The comparison as one JSON file, in the layout of the original benchmark."
 
     dir: str | None = None
-    "Folder for records, configuration and report; default assay-results/<time>-<configuration>."
+    "Folder for records, configuration and report; default assay-results/TIME-CONFIGURATION."
 
     resume: bool = False
     "Go on with an earlier run of the same configuration; what is complete is not repeated."
 
     verbose: Annotated[bool, Parameter(name=("--verbose", "-v"))] = False
-    "Also print configuration, environment and every gate figure."
+    "Print the whole report before the summary: method, gate figures, environment, configuration."
 
 
 @app.command
@@ -156,7 +156,7 @@ def compare(
     *arms: str,
     what: What = What(),
     how: How = How(),
-    where: Where = Where(),  # noqa: B008  (frozen defaults)
+    where: Where = Where(),
 ) -> int:
     """Compare two or more builds of one model: first proved equal, then measured, then judged.
 
@@ -171,13 +171,13 @@ def compare(
 
 
 @app.command
-def run(file: Path, *, where: Where = Where()) -> int:  # noqa: B008  (frozen defaults)
+def run(file: Path, *, where: Where = Where()) -> int:
     """Repeat the run that a YAML configuration describes; every run saves its own as config.yaml.
 
     Parameters
     ----------
     file:
-        The configuration, such as assay-results/<run>/config.yaml.
+        The configuration, such as the config.yaml in a run's folder.
     """
     from assay.config import load
 

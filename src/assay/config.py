@@ -60,6 +60,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def validate(self) -> None:
         """Raise UsageError for a value that no machine could honour."""
+        for flag, names in (("--workload", self.workload), ("--dtype", self.dtype)):
+            if not names:
+                raise UsageError(f"{flag} names nothing", expected="one or more, separated by commas")
         _choice("--dtype", self.dtype, DTYPES)
         _choice("--weights", [self.weights], ("shared", "own"))
         _choice("--isolation", [self.isolation], ("process", "inline"))
@@ -146,12 +149,14 @@ def parse_arm(text: str) -> Arm:
     options: dict[str, Scalar] = {}
     env: dict[str, str] = {}
     place: dict[str, str] = {}
-    for pair in filter(None, _SPLIT.split(match["options"] or "")):
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
+    seen: set[str] = set()
+    for pair in filter(None, _SPLIT.split((match["options"] or "").strip())):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or key in ("", "env."):
             raise UsageError(f"option '{pair}' of arm '{text}' cannot be read", expected="option=value")
-        if key in options or key in place or key.removeprefix("env.") in env:
+        if key in seen:
             raise UsageError(f"arm '{text}' gives '{key}' twice")
+        seen.add(key)
         if key.startswith("env."):
             env[key.removeprefix("env.")] = value
         elif key in ("python", "cwd"):

@@ -83,6 +83,7 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
         return _compare_integers(out, ref, fault)
     target = ref.double()
     delta = (out.double() - target).masked_fill(out == ref, 0.0)  # equal infinities do not differ
+    target = target.masked_fill(~target.isfinite(), 0.0)  # nor do they widen the scale of the others
     if scale is not None:
         error, where = float(delta.norm()) / max(float(target.norm()), scale, 1e-300), ""
     else:
@@ -144,8 +145,16 @@ def judge_outputs(
 ) -> list[Figure]:
     """One figure for every quantity of the oracle; a quantity that the arm lacks, or has too much, fails.
 
-    `reference` holds the reference implementation's own errors at this dtype (precision tier only).
+    `reference` holds the reference implementation's own errors at this dtype (precision tier only). An oracle
+    that holds nothing proves nothing: that is one failed figure.
     """
+    if not oracle:
+        note = "nothing to compare: the oracle gives no output"
+        return [
+            Figure(
+                tier=tier, stage=stage, quantity="outputs", error=None, limit=None, passed=False, note=note
+            )
+        ]
     grad_norm = _grad_norm(oracle)
     figures = [
         _figure(tier, stage, name, outputs.get(name), ref, grad_norm, dtype, reference)
@@ -184,7 +193,7 @@ def _figure(
         quantity=name,
         error=departure.error if math.isfinite(departure.error) else None,
         limit=limit,
-        passed=not departure.fault and departure.error <= limit,
+        passed=not departure.fault and math.isfinite(departure.error) and departure.error <= limit,
         reference_error=ref_error,
         where=departure.where,
         note=departure.fault,

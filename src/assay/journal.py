@@ -16,7 +16,7 @@ from assay import gate
 from assay.channel import Channel
 from assay.config import RunConfig, to_yaml
 from assay.errors import UsageError
-from assay.measure import device, stats, validity
+from assay.measure import device, environment, stats, validity
 from assay.measure.clock import Timing
 from assay.measure.loop import Blocks
 from assay.measure.record import (
@@ -103,6 +103,7 @@ class Journal:
         self.config, self.folder, self._told = plan.config, folder, told
         self._store: RunStore | None = None
         self._ceilings = device.load_ceilings(plan.cases[0].device)
+        self._load = environment.telemetry("cpu").get("load_1m", 0.0)  # before our own workers load it
         self.records = _earlier(folder, plan.config) if resume and folder is not None else []
         self.done = completed(self.records, max(plan.config.launches, plan.config.max_launches))
 
@@ -263,7 +264,7 @@ class Journal:
             resolution_ns=ready.resolution_ns,
             inner=ready.inner,
             went_first=[letter == mine for letter in launch.blocks.order],
-            before=_readings(telemetry, "before."),
+            before=_readings(telemetry, "before.") | {"load_1m": self._load},
             after=_readings(telemetry, "after."),
             cores=finished.environment.cores,
         )

@@ -111,9 +111,15 @@ def _grid(workload: Workload, params: Mapping[str, Sequence[Scalar]]) -> list[di
 def _arms(config: RunConfig) -> list[Arm]:
     """Parse the arms; two equal ones (an A/A comparison) are told apart by a number."""
     arms: list[Arm] = []
-    for text in config.arms:
-        arm = parse_arm(text)
-        same = sum(a.name.partition("#")[0] == arm.name for a in arms)
+    given = [parse_arm(text) for text in config.arms]
+    for place, arm in enumerate(given):
+        if config.isolation == "inline" and (arm.python or arm.env or arm.cwd):
+            raise UsageError(
+                f"arm '{arm.name}' asks for a process of its own",
+                expected="no python=, env. or cwd= under --isolation inline",
+                remedy="leave out --isolation inline",
+            )
+        same = sum(earlier.name == arm.name for earlier in given[:place])
         target = arm.target
         if plugins.is_target(target):
             target = _absolute(target, arm.cwd)

@@ -93,7 +93,8 @@ def find_variant(target: str) -> Any:
 
 def shapes() -> dict[str, str]:
     """Name -> description of every built-in model shape."""
-    return dict(importlib.import_module("assay.systems.decoder.shapes").summaries())
+    known = importlib.import_module("assay.systems.decoder.shapes").SHAPES
+    return {name: config.summary for name, config in known.items()}
 
 
 def load_target(text: str) -> Callable[..., Any]:

@@ -119,6 +119,7 @@ class _Session:
         self.scratch, self._connect = scratch, connect
         self.interrupted = False
         self._measuring = False
+        self._abandoned = False
 
     # -- the story --------------------------------------------------------------------------------
 
@@ -204,9 +205,10 @@ class _Session:
             self._gate(pair.case, arm, made, "before", launch)
         for arm in pair.arms:
             self._warm(pair.case, arm, launch)
-        launch.blocks = self._interleave(pair, launch)
-        for arm in pair.arms:
-            self._close_arm(pair.case, arm, made, launch)
+        with self._finishing_first():
+            launch.blocks = self._interleave(pair, launch)
+            for arm in pair.arms:
+                self._close_arm(pair.case, arm, made, launch)
 
     def _gate(self, case: Case, arm: Arm, made: OracleMade, stage: str, launch: Launch) -> None:
         self.observer.doing(case, arm.name, f"gate {stage} timing")
@@ -239,18 +241,22 @@ class _Session:
             self.journal.sample(pair, launch.number, blocks)
             self._tell_block(pair, launch.number, blocks.log_ratios, asked)
 
-        with self._in_blocks():
-            return interleave(
-                turn(pair.baseline),
-                turn(pair.other),
-                random.Random(f"{self.config.seed} {pair.place(launch.number)}"),
-                self._stop(asked),
-                lambda: time.monotonic() - begin,
-                on_block,
-            )
+        blocks = interleave(
+            turn(pair.baseline),
+            turn(pair.other),
+            random.Random(f"{self.config.seed} {pair.place(launch.number)}"),
+            self._stop(asked),
+            lambda: time.monotonic() - begin,
+            on_block,
+        )
+        if self._abandoned:  # a worker is in the middle of an answer that nobody waits for
+            raise KeyboardInterrupt
+        return blocks
 
     def _tell_block(self, pair: Pair, number: int, log_ratios: Sequence[float], asked: int | None) -> None:
-        shown = stats.running_interval(log_ratios, self.config.confidence)
+        shown = None
+        if len(log_ratios) % max(1, len(log_ratios) // 20) == 0:  # the whole launch is looked at each time
+            shown = stats.running_interval(log_ratios, self.config.confidence)
         self.observer.block(
             pair.case,
             pair.baseline.name,
@@ -265,12 +271,12 @@ class _Session:
         )
 
     def _close_arm(self, case: Case, arm: Arm, made: OracleMade, launch: Launch) -> None:
-        """Fresh inputs through the same code, then the counters."""
-        self._gate(case, arm, made, "after", launch)
+        """The counters of the timed region first, then fresh inputs through the same code."""
         self.observer.doing(case, arm.name, "proving")
         with _blaming(arm):
             finish = Finish(profile=launch.number == 0)
             launch.finished[arm.name] = ask(launch.channels[arm.name], finish, Finished)
+        self._gate(case, arm, made, "after", launch)
         disproved = launch.finished[arm.name].disproved
         if disproved:
             raise _Trouble(arm.name, Status.PROOF_FAILED, "; ".join(disproved))
@@ -300,7 +306,7 @@ class _Session:
         """Samples of one arm without its partner: as many as asked for, or as fit half the budget."""
         times: list[Timing] = []
         end = time.monotonic() + self.config.time_budget_s / self.config.launches / 2
-        with self._in_blocks(), _blaming(arm):
+        with self._finishing_first(), _blaming(arm):
             while not self.interrupted:
                 times.append(ask(launch.channels[arm.name], Sample(), Sampled).timing)
                 if len(times) >= asked if asked else len(times) >= 2 and time.monotonic() >= end:
@@ -399,7 +405,7 @@ class _Session:
             asked_launches=self.config.launches,
             anytime=True,
         )
-        return bool(found) and found[0].verdict is Verdict.UNKNOWN
+        return bool(found) and (found[0].verdict is Verdict.UNKNOWN or bool(found[0].scope))
 
     def _complete(self, pair: Pair) -> bool:
         """Whether a resumed run has this pair behind it: all its launches, or a failure that would repeat."""
@@ -416,7 +422,7 @@ class _Session:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Ctrl-C ends the run: after the block in hand while measuring, at once elsewhere.
+        """Ctrl-C ends the run: once the block in hand is taken and gated while measuring, at once elsewhere.
 
         A second Ctrl-C stops without waiting. What is on disk stays as it is.
         """
@@ -426,6 +432,7 @@ class _Session:
             at_once = not self._measuring or self.interrupted
             self.interrupted = True
             if at_once:
+                self._abandoned = True
                 raise KeyboardInterrupt
             self.observer.note("stopping after this block; what was measured is gated and kept")
 
@@ -441,7 +448,8 @@ class _Session:
             signal.signal(signal.SIGINT, before)
 
     @contextlib.contextmanager
-    def _in_blocks(self) -> Iterator[None]:
+    def _finishing_first(self) -> Iterator[None]:
+        """From the first block to the last check: a first Ctrl-C waits, so that nothing measured is lost."""
         self._measuring = True
         try:
             yield

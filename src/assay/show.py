@@ -1,4 +1,4 @@
-"""What the verbs `compare`, `run` and `report` do: run the session, then judge, show and write the results."""
+"""What the verbs `compare`, `run` and `report` do: measure, judge, show, write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import msgspec
 from assay import session
 from assay.config import RunConfig, from_mapping
 from assay.errors import StoreError, UsageError
-from assay.measure import environment
 from assay.measure.device import load_calibration
 from assay.measure.record import Record
 from assay.measure.store import write_atomically
@@ -44,6 +43,7 @@ def show(records: Sequence[Record], folder: Path, output: str | None, *, verbose
     """Judge the records, print the summary, write the report and the exports; return the exit code."""
     from rich.console import Console
 
+    from assay.report.markdown import render_markdown
     from assay.report.seed_json import seed_results
     from assay.report.terminal import render_summary
     from assay.report.write import write_report
@@ -51,7 +51,9 @@ def show(records: Sequence[Record], folder: Path, output: str | None, *, verbose
     config = from_mapping(records[0].config, "the records")
     comparisons = judged(records, config)
     console = Console()
-    render_summary(records, comparisons, console, verbose=verbose)
+    if verbose:
+        console.print(render_markdown(records, comparisons), soft_wrap=True, markup=False, highlight=False)
+    render_summary(records, comparisons, console)
     paths = list(write_report(folder, records, comparisons))
     if output is not None:
         path = Path(output)
@@ -64,8 +66,8 @@ def show(records: Sequence[Record], folder: Path, output: str | None, *, verbose
 
 
 def judged(records: Sequence[Record], config: RunConfig) -> list[Comparison]:
-    """The comparisons that the records support, with this machine's stored scatter where it has one."""
-    key = environment.device_key(records[0].case.device)
+    """The comparisons that the records support, with the stored scatter of their own machine, if here."""
+    key = next((r.environment.device_uuid for r in records if r.environment), None)
     return compare_records(
         records,
         margin=config.margin,

@@ -282,7 +282,8 @@ with RunStore(folder, RUN) as run:
 
 def python(code: str, *arguments: str) -> subprocess.Popen[str]:
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+    places = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=environment, stdout=subprocess.PIPE, text=True
     )

@@ -162,7 +162,7 @@ def measured(
         gate=gate(passed=True),
         warnings=["the governor is unknown"] if launch == 0 else [],
         environment=ENVIRONMENT,
-        method=_method(rng, blocks, launch),
+        method=_method(blocks, launch),
         model=dict(MODEL),
         config=dict(CONFIG),
         config_hash="0f3a5c7d9e1b",
@@ -350,8 +350,10 @@ def _memory(case: Case, side: int, launch: int) -> Memory:
     )
 
 
-def _method(rng: np.random.Generator, blocks: int, launch: int) -> Method:
-    order = rng.permutation(["B", "O"] * (blocks // 2) + ["B"] * (blocks % 2))
+def _method(blocks: int, launch: int) -> Method:
+    order = np.random.default_rng([launch, blocks]).permutation(
+        ["B", "O"] * (blocks // 2) + ["B"] * (blocks % 2)
+    )
     return Method(
         clock="wall",
         isolation="process",

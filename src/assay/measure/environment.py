@@ -248,10 +248,11 @@ def cpu_name() -> str:
 
 
 def _torch_version() -> str:
+    """Without the build's suffix: the installed metadata and torch itself do not always agree on that."""
     if (torch := sys.modules.get("torch")) is not None:
-        return str(torch.__version__)
+        return str(torch.__version__).partition("+")[0]
     try:
-        return importlib.metadata.version("torch")
+        return importlib.metadata.version("torch").partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return "none"
 

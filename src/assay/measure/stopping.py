@@ -42,7 +42,8 @@ class until:  # noqa: N801  (reads as a phrase: stop=until(rel_ci=..., max_s=...
     def __call__(self, log_ratios: Sequence[float], elapsed_s: float) -> str | None:
         if len(log_ratios) < MIN_BLOCKS:
             return None
-        shown = running_interval(log_ratios, self.confidence)
+        looks = len(log_ratios) % max(1, len(log_ratios) // 20) == 0  # a look reads the whole launch
+        shown = running_interval(log_ratios, self.confidence) if looks else None
         if shown is not None and expm1(shown.half_width) <= self.rel_ci:
             return f"interval within {self.rel_ci:.2%}"
         return f"time budget of {self.max_s:.3g} s" if elapsed_s >= self.max_s else None

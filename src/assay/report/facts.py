@@ -128,19 +128,18 @@ def method_rows(view: CaseView) -> list[tuple[str, str]]:
                 "blocks",
                 f"{judged.blocks} in all; a block is one sample of each arm in random, balanced order",
             ),
-            ("order", _order("".join(m.order for m in methods))),
+            ("order", _order(view)),
             ("margin", f"times within {words.percent(judged.margin)} of each other are called the same"),
             ("comparisons judged together", f"{judged.family} (Bonferroni)" if judged.family > 1 else "1"),
         ]
     if judged and judged.interval:
         rows.append(("interval", f"{words.confidence(judged, judged.interval)}, {judged.interval.method}"))
-    if judged and judged.noise:
-        rows.append(("noise", words.noise_sentence(judged.noise)))
+        rows.append(("noise", "stated beside each ratio"))
     steady = "steady" if all(m.warmup_steady for m in methods) else "not steady in every launch"
     return [
         *rows,
         ("warm-up", f"{_range(m.warmup_steps for m in methods)} steps, {steady}"),
-        ("lead-in", f"{_range(m.lead_in for m in methods)} untimed calls before each turn"),
+        ("untimed calls before a turn", _range(m.lead_in for m in methods)),
         ("steps in a sample", _range(m.inner for m in methods)),
         ("clock", _distinct(m.clock for m in methods)),
         ("isolation", _distinct(m.isolation for m in methods)),
@@ -157,8 +156,10 @@ def _launches(view: CaseView) -> str:
     return f"{done} of {asked} asked for; a launch is a fresh pair of processes"
 
 
-def _order(order: str) -> str:
-    return f"the baseline went first in {order.count('B')} of {words.count(len(order), 'turn')}"
+def _order(view: CaseView) -> str:
+    """Counted over the baseline's records, since both arms of a pair carry the same order."""
+    order = "".join(r.method.order for r in view.arms[0].records if r.method)
+    return f"the baseline went first in {order.count('B')} of {words.count(len(order), 'block')}"
 
 
 def _distinct(values: Iterable[str]) -> str:

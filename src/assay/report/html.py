@@ -10,7 +10,7 @@ import base64
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 
 import msgspec
@@ -36,6 +36,7 @@ __all__ = ["Bundle", "render_html"]
 _MARKS = {"faster": "▲ ", "slower": "▼ ", "same": "= ", "unknown": "? ", "no ratio": "✕ "}
 _CARDS = 12  # verdicts shown as cards; more become a plain list
 _OPEN = 12  # cases shown opened; of more, each opens on demand
+_CHARTED = 200  # comparisons with charts; of more, the rest have their tables
 
 
 class Bundle:
@@ -65,10 +66,12 @@ def render_html(
     bundle = bundle or Bundle()
     views = case_views(records, comparisons)
     figures: list[Figure] = []
+    points = points_for(min(len(comparisons), _CHARTED))
+    charted = {id(c): points for c in [c for c in comparisons if c.interval][:_CHARTED]}
     main = join(
         [
             _verdicts(views, figures),
-            *(_case(view, figures, points_for(len(comparisons)), len(views)) for view in views),
+            *(_case(view, figures, charted, len(views)) for view in views),
             _method(views),
             _environment(records),
             _configuration(records),
@@ -199,8 +202,16 @@ def _figure(figure: Figure) -> Safe:
 def _verdicts(views: Sequence[CaseView], shown: list[Figure]) -> Safe:
     items = [_verdict(view, c) for view in views for c in view.comparisons]
     many = " many" if len(items) > _CARDS else ""
+    rest = sum(c.interval is not None for view in views for c in view.comparisons) - _CHARTED
+    note = (
+        f"Charts are drawn for the first {_CHARTED} ratios; {rest:,} more have their tables."
+        if rest > 0
+        else ""
+    )
     listed = element("ul", *items, attributes={"class": f"verdicts{many}"}) if items else ""
-    return _section("verdicts", "Verdicts", listed, _figures(overview(views), shown))
+    return _section(
+        "verdicts", "Verdicts", listed, element("p", note) if note else "", _figures(overview(views), shown)
+    )
 
 
 def _verdict(view: CaseView, comparison: Comparison) -> Safe:
@@ -219,7 +230,7 @@ def _verdict(view: CaseView, comparison: Comparison) -> Safe:
 # A case
 
 
-def _case(view: CaseView, shown: list[Figure], points: int, cases: int) -> Safe:
+def _case(view: CaseView, shown: list[Figure], charted: Mapping[int, int], cases: int) -> Safe:
     arms = table(facts.ARM_HEADERS, facts.arm_cells(view), facts.ARM_NUMBERS)
     ceilings = facts.ceilings(view)
     shares = f"MFU, MBU: share of the ceilings measured on this machine ({ceilings})." if ceilings else ""
@@ -227,7 +238,10 @@ def _case(view: CaseView, shown: list[Figure], points: int, cases: int) -> Safe:
         arms,
         element("p", shares, attributes={"class": "soft small"}) if shares else "",
         _figures(ladder(view), shown),
-        *(_comparison(view, comparison, shown, points) for comparison in view.comparisons),
+        *(
+            _comparison(view, comparison, shown, charted.get(id(comparison), 0))
+            for comparison in view.comparisons
+        ),
         _phases(view),
         _gate(view),
         _failures(view),
@@ -247,7 +261,7 @@ def _comparison(view: CaseView, comparison: Comparison, shown: list[Figure], poi
             element("h3", f"{comparison.other} against {comparison.baseline}"),
             element("p", words.sentence(comparison)),
             element("p", noise, attributes={"class": "soft small"}) if noise else "",
-            _figures(comparison_figures(view, comparison, points), shown),
+            _figures(comparison_figures(view, comparison, points) if points else [], shown),
         ]
     )
 

@@ -39,7 +39,9 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], right: Seque
     css = [' class="number"' if header in right else "" for header in headers]
     opening = [f'<th scope="row"{css[0]}>', *(f"<td{one}>" for one in css[1:])]
     closing = ["</th>", *["</td>"] * (len(css) - 1)]
-    lines = ["".join([o + _safe(c) + e for o, c, e in zip(opening, row, closing, strict=True)]) for row in rows]
+    lines = [
+        "".join([o + _safe(c) + e for o, c, e in zip(opening, row, closing, strict=True)]) for row in rows
+    ]
     if not lines:
         return Safe("")
     heads = [f'<th scope="col"{one}>{_safe(header)}</th>' for header, one in zip(headers, css, strict=True)]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from assay.measure.record import Case, Record
@@ -55,14 +56,16 @@ class RichProgress:
         self._begun_s = self._now()
         self._said_s = self._begun_s - _QUIET_S
         if self._console.is_terminal:
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             progress = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.fields[done]}"),
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=10),
                 TextColumn("{task.fields[left]} left"),
-                TextColumn("{task.description}", markup=False),
+                TextColumn("{task.description}", markup=False, table_column=rest),
                 console=self._console,
                 transient=True,
+                expand=True,
             )
             task = progress.add_task("", total=total_launches, done=f"0/{total_launches}", left="-:--")
             progress.start()
@@ -94,7 +97,7 @@ class RichProgress:
         of = f"/{asked_blocks}" if asked_blocks else ""
         self._part = min(1.0, n_blocks / asked_blocks) if asked_blocks else 0.0
         self._ratio = (
-            f"{case.workload} · {baseline} / {other} {ratio:.3f}{bounds} · "
+            f"{baseline} / {other} {ratio:.3f}{bounds} · {case.workload} · "
             f"launch {launch + 1}/{launches} · block {n_blocks}{of}"
         )
         self._show(self._ratio)

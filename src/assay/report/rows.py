@@ -6,6 +6,7 @@ One set of rows may serve several charts. Keys are short, since a report holds m
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -110,7 +111,7 @@ def memory_rows(pair: Sequence[Sequence[Record]]) -> Rows:
                 found.setdefault(phase, []).append(peak.peak_mib)
             found.setdefault("whole step", []).append(memory.peak_mib)
         rows += [
-            {"a": records[0].arm.name, "phase": phase, "mib": median(peaks)}
+            {"a": records[0].arm.name, "phase": phase, "mib": statistics.median(peaks)}
             for phase, peaks in found.items()
         ]
     return rows

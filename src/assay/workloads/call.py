@@ -44,13 +44,17 @@ class CallTrial:
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Tensor]:
-    """Tensors in nested tuples, lists and dicts -> `output:<path>`; numbers become float64 tensors."""
+    """Tensors in nested tuples, lists and dicts -> `output:<path>`; a number becomes a tensor of its kind.
+
+    Whole numbers and booleans are compared exactly, floats in float64.
+    """
     import torch
 
     if isinstance(value, torch.Tensor):
         return {f"output:{path or '0'}": value.detach().clone()}
     if isinstance(value, bool | int | float):
-        return {f"output:{path or '0'}": torch.tensor(value, dtype=torch.float64)}
+        dtype = torch.float64 if isinstance(value, float) else None
+        return {f"output:{path or '0'}": torch.tensor(value, dtype=dtype)}
     if isinstance(value, Mapping):
         items: Iterator[tuple[Any, Any]] = iter(value.items())
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):

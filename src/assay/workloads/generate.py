@@ -61,7 +61,7 @@ class GenerateTrial:
         """Prefill starts its cache anew."""
 
     def outputs(self, seed: int) -> Mapping[str, Tensor]:
-        """`logits` (B, N, V) of given tokens fed one by one; from float32 up, greedy `tokens` (B, <=16) too."""
+        """`logits` (B, N, V) of given tokens fed one by one; from float32 up greedy `tokens` too."""
         _, prompt, output = _sizes(self._case)
         ids_BT = self._prompts(seed, prompt + output - 1)
         with self._torch.no_grad():

@@ -14,7 +14,7 @@ from assay.errors import UsageError, nearest
 from assay.measure.record import Scalar, Work
 from assay.systems.decoder import cost
 from assay.systems.decoder.calls import Calls
-from assay.systems.decoder.compiling import CompileCount, require_compiler
+from assay.systems.decoder.compiling import compile_proof, require_compiler
 from assay.systems.decoder.generation import Counters, PlainDecoding, RecomputeDecoding, StaticDecoding
 from assay.systems.decoder.model import Decoder
 from assay.systems.decoder.precision import cast, precision
@@ -84,7 +84,6 @@ class ModuleLM:
         self._compile_mode, self._static_cache = compile_mode, static_cache
         if compile_mode is not None:
             require_compiler(device)
-        self._compiles = CompileCount()
         self._calls = Calls(self.module, name, compile_mode)
         self._names = dict(state_map or {})
         self._check_state_map()
@@ -173,7 +172,8 @@ class ModuleLM:
     def layers(self) -> dict[str, nn.Module]:
         """Name -> module of the longest list of layers; empty when compiled, where hooks would not fire."""
         lists = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.ModuleList)]
-        if not lists or self._compile_mode is not None:
+        compiled = self._compile_mode is not None or hasattr(self.module, "_orig_mod")
+        if not lists or compiled:
             return {}
         stem, longest = max(lists, key=lambda named: len(named[1]))
         return {f"{stem}.{i}": layer for i, layer in enumerate(longest)}
@@ -196,9 +196,9 @@ class ModuleLM:
         return facts
 
     def proof(self) -> dict[str, Scalar]:
-        """Counters of compiling and of generation; see compiling.CompileCount and generation.Counters."""
+        """Counters of compiling and of generation; see compiling.compile_proof and generation.Counters."""
         now = self._decoding.counters if self._decoding is not None else Counters()
-        return {**self._compiles.proof(), **vars(self._generated + now)}
+        return {**compile_proof(), **vars(self._generated + now)}
 
     def _new_step(self) -> None:
         """Tell torch's own CUDA graphs that the last step's outputs may be overwritten."""
@@ -206,10 +206,12 @@ class ModuleLM:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # unannotated in torch
 
     def _canonical(self, name: str) -> str:
-        return self._names.get(name, name)
+        """The baseline's name of an own tensor; a builder's torch.compile puts `_orig_mod.` in its names."""
+        own = name.replace("_orig_mod.", "")
+        return self._names.get(own, own)
 
     def _check_state_map(self) -> None:
-        own = {n for n, _ in self.module.named_parameters()} | set(self.module.state_dict())
+        own = {n.replace("_orig_mod.", "") for n in self.module.state_dict()}
         for name in (n for n in self._names if n not in own):
             raise UsageError(
                 f"state_map of '{self._name}' names '{name}', which its module does not have",

@@ -9,12 +9,11 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import torch._dynamo.config as dynamo_config
-from torch._dynamo.callback import CallbackArgs, CallbackTrigger, on_compile_start
 from torch._dynamo.utils import counters
 
 from assay.errors import Unavailable, UsageError, nearest
 
-__all__ = ["MODES", "CompileCount", "compile_call", "require_compiler"]
+__all__ = ["MODES", "compile_call", "compile_proof", "require_compiler"]
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 _SHAPES_A_CALL = 64  # static shapes that one call may be specialised for before that is an error
@@ -23,35 +22,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class CompileCount:
-    """Graphs, recompilations and graph breaks of this process since this object was made.
+def compile_proof() -> Mapping[str, int]:
+    """`compiled_graphs` and `graph_breaks` of this process so far.
 
-    A recompilation is a frame compiled again, for another shape or grad mode: harmless in a warm-up. Whoever
-    times compares `compiled_graphs` before and after: a rise means that compiling was timed.
+    Counted for the process, which holds one arm, and not for a system: torch keeps compiled code by code
+    object, so a second system of the same kind rightly runs what the first one compiled. Whoever times
+    compares `compiled_graphs` before and after: a rise, a recompilation too, means that compiling was timed.
     """
-
-    def __init__(self) -> None:
-        self._recompiles = 0
-        self._graphs, self._breaks = self._now()
-        on_compile_start(self._started)
-
-    def _started(self, args: CallbackArgs) -> None:
-        """`compile_id` is `frame/attempt`, counted from zero; a lazily compiled backward repeats its id."""
-        again = not args.compile_id.endswith("/0")
-        self._recompiles += again and args.callback_trigger is CallbackTrigger.DYNAMO
-
-    @staticmethod
-    def _now() -> tuple[int, int]:
-        return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-
-    def proof(self) -> Mapping[str, int]:
-        """`compiled_graphs`, `recompiles` and `graph_breaks` so far."""
-        graphs, breaks = self._now()
-        return {
-            "compiled_graphs": graphs - self._graphs,
-            "recompiles": self._recompiles,
-            "graph_breaks": breaks - self._breaks,
-        }
+    breaks = sum(counters["graph_break"].values())
+    return {"compiled_graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
 
 
 def require_compiler(device: str) -> None:

@@ -174,6 +174,10 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def new_cache(self) -> Cache:
+        """The cache that `use_cache=True` starts."""
+        return GrowingCache()
+
     def forward(
         self,
         input_ids: Tensor,
@@ -182,7 +186,7 @@ class Decoder(nn.Module):
         use_cache: bool = False,
         logits_to_keep: int = 0,
     ) -> Output:
-        cache = GrowingCache() if past_key_values is None and use_cache else past_key_values
+        cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         x_BTH = self.model(input_ids, cache)
         logits_BTV = self.lm_head(x_BTH[:, -logits_to_keep:])
         loss = None if labels is None else next_token_loss(logits_BTV, labels)

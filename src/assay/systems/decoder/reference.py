@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, embedding, linear, silu
+from torch.nn.functional import embedding, linear, silu
 
 from assay.errors import UsageError
 from assay.measure.record import Scalar, Work
@@ -31,8 +31,13 @@ __all__ = ["ReferenceLM", "reference_logits", "reference_loss"]
 State = Mapping[str, Tensor]
 
 
-def reference_logits(state: State, config: DecoderConfig, ids_BT: Tensor) -> Tensor:
-    """Logits (B, T, V) of every position, from weights by their Hugging Face names."""
+def reference_logits(
+    state: State, config: DecoderConfig, ids_BT: Tensor, taps: Mapping[str, nn.Module] | None = None
+) -> Tensor:
+    """Logits (B, T, V) of every position, from weights by their Hugging Face names.
+
+    `taps` are identities, by layer name, that each layer's output passes through: places for hooks.
+    """
     x_BTH = embedding(ids_BT, state["model.embed_tokens.weight"])
     for layer in range(config.num_hidden_layers):
         at = f"model.layers.{layer}"
@@ -42,16 +47,16 @@ def reference_logits(state: State, config: DecoderConfig, ids_BT: Tensor) -> Ten
         x_BTH = x_BTH + _mlp(
             state, f"{at}.mlp", _norm(state, config, f"{at}.post_attention_layernorm", x_BTH)
         )
+        x_BTH = taps[at](x_BTH) if taps else x_BTH
     x_BTH = _norm(state, config, "model.norm", x_BTH)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return linear(x_BTH, state[head])
 
 
-def reference_loss(state: State, config: DecoderConfig, ids_BT: Tensor) -> Tensor:
-    """Mean cross entropy of each position's logits with the next token, a scalar."""
-    logits_BTV = reference_logits(state, config, ids_BT)
-    predicted = at_least_float32(logits_BTV[:, :-1]).reshape(-1, config.vocab_size)
-    return cross_entropy(predicted, ids_BT[:, 1:].reshape(-1))
+def reference_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Mean cross entropy of each position's logits with the next token, a scalar, in at least float32."""
+    log_probabilities_BTV = at_least_float32(logits_BTV[:, :-1]).log_softmax(dim=-1)
+    return -log_probabilities_BTV.gather(2, ids_BT[:, 1:, None]).mean()
 
 
 def _norm(state: State, config: DecoderConfig, name: str, x: Tensor) -> Tensor:
@@ -107,6 +112,7 @@ class ReferenceLM:
     def __init__(self, config: DecoderConfig, state: State, *, dtype: str, device: str) -> None:
         self.config, self._dtype, self._device = config, dtype, device
         self._at = precision(dtype)
+        self._taps = {f"model.layers.{i}": nn.Identity() for i in range(config.num_hidden_layers)}
         self._state = {
             name: tensor.detach().to(device, self._at.weights, copy=True).requires_grad_()
             for name, tensor in state.items()
@@ -125,11 +131,11 @@ class ReferenceLM:
     @torch.no_grad()
     def forward(self, ids_BT: Tensor) -> Tensor:
         with self._at.context(self._device):
-            return reference_logits(self._state, self.config, ids_BT)
+            return reference_logits(self._state, self.config, ids_BT, self._taps)
 
     def loss(self, ids_BT: Tensor) -> Tensor:
         with self._at.context(self._device):
-            return reference_loss(self._state, self.config, ids_BT)
+            return reference_loss(reference_logits(self._state, self.config, ids_BT, self._taps), ids_BT)
 
     def decoding(self, batch: int, max_length: int) -> RecomputeDecoding:  # noqa: ARG002 - the contract's
         return RecomputeDecoding(self.forward, self._at, self._device)
@@ -153,8 +159,8 @@ class ReferenceLM:
             f"the reference has no optimizer '{name}'", expected="an arm to take optimizer steps"
         )
 
-    def layers(self) -> dict[str, nn.Module]:
-        return {}
+    def layers(self) -> Mapping[str, nn.Module]:
+        return self._taps
 
     def work(self, workload: str, params: Mapping[str, Scalar]) -> dict[str, Work]:
         return cost.work(self.config, workload, params, self._dtype)

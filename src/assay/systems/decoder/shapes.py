@@ -133,6 +133,16 @@ class DecoderConfig:
         return self.vocab_size * self.hidden_size
 
     @property
+    def summary(self) -> str:
+        """One line for lists: parameters and sizes."""
+        heads = f"{self.num_attention_heads} heads, {self.num_key_value_heads} KV"
+        return (
+            f"{self.parameters / 1e6:,.1f} M parameters: vocabulary {self.vocab_size}, hidden "
+            f"{self.hidden_size}, {self.num_hidden_layers} layers, {heads}, "
+            f"{self.max_position_embeddings} positions"
+        )
+
+    @property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
         layer = self.layer_matmul_parameters + self.layer_vector_parameters

@@ -1,0 +1,1 @@
+"""Wrong systems that the gate or the proof must catch, by name."""

@@ -1,0 +1,46 @@
+import io
+
+import msgspec
+import numpy as np
+from rich.console import Console
+
+from assay.report.terminal import render_summary
+from tests.report.fixtures import BASELINE, Finished, case_of, finished, measured
+from tests.report.golden import assert_golden
+
+
+def summary(run: Finished, width: int = 80, colour: bool = False) -> str:
+    out = io.StringIO()
+    console = Console(
+        file=out, width=width, force_terminal=colour, color_system="truecolor" if colour else None
+    )
+    render_summary(run.records, run.comparisons, console)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def test_summary_at_80_columns_without_colour() -> None:
+    assert_golden("summary.txt", summary(finished()))
+
+
+def test_no_line_is_wider_than_the_terminal() -> None:
+    for width in (80, 100, 120):
+        assert max(map(len, summary(finished(), width).splitlines())) <= width
+
+
+def test_verdict_carries_colour_as_well_as_its_word() -> None:
+    assert "\x1b[1;32m" in summary(finished(), colour=True)
+    assert "faster" in summary(finished())
+
+
+def test_an_arm_measured_alone_is_shown_without_a_ratio() -> None:
+    record = measured(case_of("infer"), BASELINE, 0, 0, 10, np.random.default_rng(1), other=BASELINE)
+    text = summary(Finished((record,), ()))
+    assert "eager" in text
+    assert "ratio:" not in text
+    assert "(baseline)" not in text
+
+
+def test_markup_in_a_name_is_printed_as_it_is() -> None:
+    run = finished()
+    odd = [msgspec.structs.replace(r, warnings=["[red]not a style[/red]"]) for r in run.records]
+    assert "[red]not a style[/red]" in summary(Finished(tuple(odd), run.comparisons))

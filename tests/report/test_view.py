@@ -1,0 +1,91 @@
+import msgspec
+import pytest
+
+from assay.measure.record import Record, Status
+from assay.report.facts import ceilings
+from assay.report.view import (
+    ArmView,
+    case_views,
+    environments,
+    failures_of,
+    gate_summary,
+    median,
+    pair_records,
+    warnings_of,
+)
+from tests.report.fixtures import BASELINE, ENVIRONMENT, FLOPS, OTHER, REFUSED, finished
+
+RUN = finished()
+VIEWS = case_views(RUN.records, RUN.comparisons)
+
+
+def test_cases_keep_their_order_and_the_baseline_stands_first() -> None:
+    assert [view.case.workload for view in VIEWS] == ["train", "infer", "generate"]
+    assert [arm.name for arm in VIEWS[0].arms] == [BASELINE, OTHER, REFUSED]
+
+
+def test_achieved_share_is_work_over_time_over_the_measured_ceiling() -> None:
+    arm = VIEWS[0].arms[0]
+    ns = arm.median_ns()
+    assert ns is not None
+    assert arm.share().mfu == pytest.approx(FLOPS["train"] / (ns * 1e-9) / 118e9)
+    assert arm.share("forward").mfu is None  # nobody stated the work of the phase
+
+
+def test_share_is_unknown_where_the_ceiling_was_not_measured() -> None:
+    bare = [msgspec.structs.replace(r, ceilings={}) for r in VIEWS[0].arms[0].measured]
+    assert ArmView(name=BASELINE, records=tuple(bare)).share().mfu is None
+
+
+def test_ceilings_are_said_with_units() -> None:
+    assert ceilings(VIEWS[0]) == "copy 21.3 GB/s, matmul float32 118 GFLOP/s"
+
+
+def test_failed_arm_has_no_numbers() -> None:
+    arm = VIEWS[0].arms[2]
+    assert (arm.median_ns(), arm.peak_mib, arm.cold, arm.share().mfu) == (None, None, None, None)
+
+
+def test_an_arm_is_not_blamed_for_its_partner() -> None:
+    assert {arm for arm, _ in failures_of(VIEWS[0])} == {REFUSED}
+
+
+def test_gate_summary_gives_the_worst_passes_and_every_failure() -> None:
+    rows = gate_summary(VIEWS[0])
+    assert [(row.arm, row.kind) for row in rows if row.failed] == [
+        (REFUSED, "logits"),
+        (REFUSED, "causality"),
+    ]
+    grad = next(row for row in rows if row.kind == "grad")
+    assert (grad.arm, grad.worst.quantity) == (BASELINE, "grad:model.layers.3.mlp.up_proj.weight")
+
+
+def test_pair_holds_the_records_of_that_comparison_only() -> None:
+    base, other = pair_records(VIEWS[0], VIEWS[0].comparisons[0])
+    assert [r.launch for r in base] == [r.launch for r in other] == [0, 1, 2, 3, 4]
+    assert {r.other for r in base} == {OTHER}
+    assert pair_records(VIEWS[0], VIEWS[0].comparisons[1]) == ((), ())
+
+
+def test_warnings_are_gathered_over_arms() -> None:
+    (found,) = warnings_of(VIEWS[0].records)
+    assert (found.arms, found.records) == ((BASELINE, OTHER), 2)
+
+
+def test_another_interpreter_makes_another_environment() -> None:
+    def under(record: Record) -> Record:
+        changed = msgspec.structs.replace(ENVIRONMENT, python="3.12.1")
+        return msgspec.structs.replace(
+            record, environment=changed if record.arm.name == OTHER else ENVIRONMENT
+        )
+
+    measured = [under(r) for r in RUN.records if r.status is Status.OK]
+    assert [(env.python, arms) for env, arms in environments(measured)] == [
+        ("3.11.7", (BASELINE,)),
+        ("3.12.1", (OTHER,)),
+    ]
+
+
+def test_median_is_the_same_whichever_way_it_is_found() -> None:
+    values = [float(v) for v in range(4001)]
+    assert (median([]), median(values[:4]), median(values)) == (None, 1.5, 2000.0)
