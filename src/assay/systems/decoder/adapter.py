@@ -108,9 +108,11 @@ class ModuleLM:
         stated = getattr(getattr(self.module, "config", None), "vocab_size", None)
         if isinstance(stated, int):
             return stated
-        probe = torch.zeros(1, 2, dtype=torch.int64, device=self._device)
         with torch.no_grad(), self._at.context(self._device):
-            return int(Calls(self.module, self._name).logits(probe).shape[-1])
+            return int(Calls(self.module, self._name).logits(self._probe_ids()).shape[-1])
+
+    def _probe_ids(self) -> Tensor:
+        return torch.zeros(1, 2, dtype=torch.int64, device=self._device)
 
     @torch.no_grad()
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -137,7 +139,9 @@ class ModuleLM:
             assert isinstance(self.module, Decoder), "only our own decoder knows the static cache"
             mode = self._compile_mode
             return StaticDecoding(self.module, batch, max_length, at=self._at, compile_mode=mode)
-        if self._calls.generates:
+        with torch.no_grad(), self._at.context(self._device):
+            generates = self._calls.generates(self._probe_ids())
+        if generates:
             return PlainDecoding(self._calls, self._at, self._device)
         return RecomputeDecoding(self._calls.logits, self._at, self._device)
 

@@ -22,13 +22,13 @@ __all__ = ["Calls", "cache_tensors"]
 class Calls:
     """The calls of a module, each compiled apart where `compile_mode` names a mode.
 
-    `generates` says whether the module takes a cache; `name` is for messages. Raises UsageError where
-    forward does not take `input_ids`.
+    `name` is for messages. Raises UsageError where forward does not take `input_ids`.
     """
 
     def __init__(self, module: nn.Module, name: str, compile_mode: str | None = None) -> None:
         self._module, self._name = module, name
-        parameters = inspect.signature(module.forward).parameters
+        inner = getattr(module, "_orig_mod", module)  # a module that its builder compiled hides its signature
+        parameters = inspect.signature(inner.forward).parameters
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         if "input_ids" not in parameters and not anything:
             raise UsageError(
@@ -36,7 +36,7 @@ class Calls:
                 expected="forward(input_ids, ...)",
                 got=f"forward({', '.join(parameters)})",
             )
-        self.generates = anything or "past_key_values" in parameters
+        self._names_cache, self._may_cache = "past_key_values" in parameters, anything
         self._takes_labels = anything or "labels" in parameters
         takes_use_cache = anything or "use_cache" in parameters
         self._plain: dict[str, Any] = {"use_cache": False} if takes_use_cache else {}
@@ -49,6 +49,12 @@ class Calls:
             self.loss = compile_call(self._loss, compile_mode)
             self.start = compile_call(self._start, compile_mode)
             self.step = compile_call(self._step, compile_mode, growing=True)
+
+    def generates(self, probe_BT: Tensor) -> bool:
+        """Whether the module caches: it names `past_key_values`, or takes anything and gives one back."""
+        if self._names_cache or not self._may_cache:
+            return self._names_cache
+        return getattr(self._module(input_ids=probe_BT, **self._cached), "past_key_values", None) is not None
 
     def _logits(self, ids_BT: Tensor) -> Tensor:
         """Logits of every position, (B, T, V)."""

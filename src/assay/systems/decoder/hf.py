@@ -53,8 +53,10 @@ def hf_module(config: DecoderConfig, attend: str) -> nn.Module:
     stock = hf_config(config)
     stock._attn_implementation = attend
     with no_init_weights():
-        module: nn.Module = getattr(transformers, config.architecture)(stock)
-    return module
+        module = getattr(transformers, config.architecture)(stock)
+    module.tie_weights()  # a part of the initialising that was left out
+    built: nn.Module = module
+    return built
 
 
 def _transformers() -> Any:

@@ -1,0 +1,70 @@
+"""The GPU programme: every run whose figures docs/results.md states, one after the other.
+
+    python3 scripts/h200.py [--only NAME,...] [--out FOLDER]
+
+Each run goes through the public command line; its records end up in FOLDER/NAME.jsonl. A run that fails is
+reported and the rest go on; the exit status is the number of runs whose exit code was not the expected one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MUTANT = "tests/mutants/decoder.py:{}"
+# name -> (arguments of `assay`, expected exit code)
+RUNS: dict[str, tuple[str, int]] = {
+    "doctor": ("doctor --device cuda --calibrate --workload train,infer,generate --launches 4", 0),
+    "seed": ("compare eager fused --device cuda --time-budget 15", 0),
+    "ladder": ("compare eager sdpa compile hf --device cuda --launches 3 --time-budget 6", 0),
+    "dtypes": ("compare eager fused --device cuda --dtype bf16,fp32 --launches 2 --time-budget 4", 0),
+    "modes": (
+        "compare compile compile[compile_mode=reduce-overhead] compile[compile_mode=max-autotune] "
+        "--device cuda --workload train,infer --launches 2 --time-budget 4",
+        0,
+    ),
+    "no-causal-mask": (f"compare eager {MUTANT.format('no_causal_mask')} --device cuda --workload infer", 2),
+    "rope-discarded": (f"compare eager {MUTANT.format('rope_discarded')} --device cuda --workload train", 2),
+}
+
+
+def main() -> int:
+    """Run what was asked for and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default=",".join(RUNS), help="names, separated by commas")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/h200")))
+    arguments = parser.parse_args()
+    wrong = 0
+    for name in arguments.only.split(","):
+        command, expected = RUNS[name]
+        wrong += run(name, command, expected, arguments.out)
+    return wrong
+
+
+def run(name: str, command: str, expected: int, out: Path) -> bool:
+    """One run of the command line; copies its records. True where the exit code was another one."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "run"
+        parts = [sys.executable, "-m", "assay", *shlex.split(command)]
+        if parts[3] == "compare":
+            parts += ["--dir", str(place), "--output", str(Path(folder) / "seed.json")]
+        print(f"== {name}: assay {command}", flush=True)
+        code = subprocess.run(parts, check=False).returncode
+        out.mkdir(parents=True, exist_ok=True)
+        if (place / "records.jsonl").exists():
+            shutil.copy(place / "records.jsonl", out / f"{name}.jsonl")
+    took = time.monotonic() - begin
+    print(f"== {name}: exit {code}, expected {expected}, {took:.0f} s", flush=True)
+    return code != expected
+
+
+if __name__ == "__main__":
+    sys.exit(main())

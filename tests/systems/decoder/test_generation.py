@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from assay.contracts import LanguageModel
+from assay.errors import UsageError
+from assay.systems.decoder.build import build_decoder, build_hf, build_reference
+from assay.systems.decoder.calls import cache_tensors
+from assay.systems.decoder.generation import Counters, StaticDecoding, generate
+from assay.systems.decoder.hf import hf_module
+from assay.systems.decoder.precision import precision
+from assay.systems.decoder.state import load_strict, named_state, tied_names
+from tests.systems.decoder.helpers import CONFIGS, TINY, error, new, token_ids
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_generate_equals_the_stock_generate(name: str, static: bool) -> None:
+    model = new(CONFIGS[name], "sdpa")
+    stock = hf_module(CONFIGS[name], "sdpa").eval()
+    load_strict(named_state(stock), named_state(model), to="stock", tied=tied_names(stock))
+    ids_BT = token_ids(2, 7)
+    theirs = stock.generate(  # type: ignore[operator]  # a module's attribute, to mypy
+        ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    ours = generate(model, ids_BT, 12, static=static)
+    assert ours.equal(theirs)
+    assert len(set(ours[:, 7:].flatten().tolist())) > 3  # not one token over and over
+
+
+def _build(kind: str, dtype: str) -> LanguageModel:
+    if kind == "reference":
+        return build_reference("tiny", dtype=dtype, device="cpu", seed=0)
+    if kind == "stock":
+        return build_hf("tiny", name=kind, dtype=dtype, device="cpu", seed=0, attend="sdpa")
+    attend, static = ("sdpa", True) if kind == "static" else ("eager", False)
+    return build_decoder(
+        "tiny", name=kind, dtype=dtype, device="cpu", seed=0, attend=attend, static_cache=static
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "static", "stock", "reference"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-autocast"])
+def test_decoding_follows_the_reference_and_starts_over(kind: str, dtype: str) -> None:
+    system = _build(kind, dtype)
+    oracle = build_reference("tiny", dtype="fp64", device="cpu", seed=0)
+    decoding = system.decoding(2, 20)
+    for seed in (1, 2):
+        ids_BT = token_ids(2, 20, seed=seed)
+        truth_BTV = oracle.forward(ids_BT)
+        logits_BV, token_B1 = decoding.prefill(ids_BT[:, :12])
+        for t in range(12, 20):
+            assert error(logits_BV, truth_BTV[:, t - 1]) < (1e-5 if dtype == "fp32" else 3e-2)
+            assert token_B1.equal(logits_BV.argmax(-1, keepdim=True))
+            logits_BV, token_B1 = decoding.advance(ids_BT[:, t : t + 1])
+
+
+def test_counters_say_what_ran() -> None:
+    system = build_decoder(
+        "tiny", name="x", dtype="bf16", device="cpu", seed=0, attend="sdpa", static_cache=True
+    )
+    for _ in range(2):  # counters sum over decodings
+        decoding = system.decoding(1, 16)
+        _, token_B1 = decoding.prefill(token_ids(1, 10))
+        for _ in range(3):
+            _, token_B1 = decoding.advance(token_B1)
+    proof = system.proof()
+    assert proof["kv_tokens_cached"] == 13
+    assert proof["static_cache_steps"] == 6
+    assert proof["cuda_graph_replays"] == 0
+    assert proof["kv_bytes_per_token"] == 2 * 2 * 32 * 2  # k and v, layers, wide, bytes
+    assert proof["kv_promoted_tensors"] == 0
+    assert proof["full_recompute"] is False
+    assert build_reference("tiny", dtype="fp32", device="cpu", seed=0).proof()["full_recompute"] is True
+
+
+def test_stock_cache_under_autocast_is_float32_and_the_counter_sees_it() -> None:
+    system = build_hf("tiny", name="hf", dtype="bf16-autocast", device="cpu", seed=0, attend="sdpa")
+    system.decoding(1, 16).prefill(token_ids(1, 10))
+    assert system.proof()["kv_promoted_tensors"] == 2 * TINY.num_hidden_layers
+
+
+def test_generation_beyond_the_cache_is_refused() -> None:
+    decoding = StaticDecoding(new(), 1, 8, at=precision("fp32"))
+    _, token_B1 = decoding.prefill(token_ids(1, 8))
+    with pytest.raises(UsageError, match="at most 8 tokens; got 9"):
+        decoding.advance(token_B1)
+
+
+def test_cache_tensors_of_every_known_kind() -> None:
+    k, v = torch.zeros(1), torch.ones(1)
+    assert cache_tensors(((k, v), (k, v))) == [k, v, k, v]
+    assert cache_tensors({"layer": [k, v]}) == [k, v]
+    for nothing in (None, 3, "text", object()):
+        assert cache_tensors(nothing) == []
+
+
+def test_counters_add_up() -> None:
+    before = Counters(kv_tokens_cached=5, static_cache_steps=2, kv_promoted_tensors=1)
+    after = Counters(kv_tokens_cached=4, static_cache_steps=3, full_recompute=True)
+    assert before + after == Counters(
+        kv_tokens_cached=5, static_cache_steps=5, kv_promoted_tensors=1, full_recompute=True
+    )
