@@ -128,6 +128,8 @@ class ProcessChannel:
             return self._decoder.decode(read_frame(self._read))
         except EOFError as e:
             raise self._died() from e
+        except msgspec.DecodeError as e:
+            raise WorkerError("crashed", f"the worker's answer cannot be read: {e}") from e
 
     def _read(self, size: int) -> bytes:
         left = self._deadline - time.monotonic()

@@ -43,18 +43,20 @@ def show(records: Sequence[Record], folder: Path, output: str | None, *, verbose
     """Judge the records, print the summary, write the report and the exports; return the exit code."""
     from rich.console import Console
 
+    from assay.report.html import Bundle
     from assay.report.markdown import render_markdown
     from assay.report.seed_json import seed_results
     from assay.report.terminal import render_summary
     from assay.report.write import write_report
 
+    bundle = Bundle()  # the charts' script is made in a process of its own meanwhile
     config = from_mapping(records[0].config, "the records")
     comparisons = judged(records, config)
     console = Console()
     if verbose:
         console.print(render_markdown(records, comparisons), soft_wrap=True, markup=False, highlight=False)
     render_summary(records, comparisons, console)
-    paths = list(write_report(folder, records, comparisons))
+    paths = list(write_report(folder, records, comparisons, bundle=bundle))
     if output is not None:
         path = Path(output)
         text = msgspec.json.format(msgspec.json.encode(seed_results(records, comparisons)), indent=2)

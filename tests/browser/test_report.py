@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("playwright", reason="needs playwright: pip install 'assay[dev]'")
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from assay.report.html import render_html

@@ -10,6 +10,7 @@ under other interpreters import this module without it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,11 +169,21 @@ def standard_error(x: ArrayLike) -> float | None:
 
 def student_half_width(scatter: ArrayLike, n: ArrayLike, confidence: float) -> FloatArray:
     """Half width t_{n-1} s / sqrt(n) of Student's interval for a mean. Broadcasts; n >= 2."""
+    if isinstance(n, int):
+        return np.asarray(_student_quantile(n, confidence) * np.asarray(scatter) / math.sqrt(n))
     from scipy.special import stdtrit  # type: ignore[import-untyped]  # SciPy ships no types
 
     n = np.asarray(n, dtype=np.float64)
     quantile = stdtrit(n - 1, 0.5 + confidence / 2)
     return np.asarray(quantile * np.asarray(scatter) / np.sqrt(n), dtype=np.float64)
+
+
+@functools.cache
+def _student_quantile(n: int, confidence: float) -> float:
+    """t_{n-1} at a two-sided confidence; a report asks for the same few again and again."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 0.5 + confidence / 2))
 
 
 def student_interval(

@@ -120,7 +120,7 @@ _WORST_FIRST = (
     Status.OK,
 )
 _WIDEST = 20.0  # natural log: a half width beyond a factor of e^20 is no interval
-_NARROWING_POINTS = 32
+_NARROWING_POINTS = 16
 _RESIDENT_LAUNCHES = 4  # equal arms have disjoint ranges by luck in 1 of 3 runs of two launches, 3% with four
 
 _Launch = dict[str, Record]  # arm name -> its record in one launch of a pair
