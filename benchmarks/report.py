@@ -1,6 +1,6 @@
 """How long 10,000 records take to read, judge and draw. Target: at most 3 s for reading and drawing.
 
-    python benchmarks/report.py
+python benchmarks/report.py
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from assay.channel import Channel
 from assay.config import RunConfig
 from assay.measure.clock import Timing
 from assay.measure.loop import WarmUp
-from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Record
+from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Record, Scalar
 from assay.observer import NullObserver
 from assay.plan import Plan, make_plan
 from assay.session import Outcome
@@ -38,7 +38,7 @@ from assay.wire import (
     Warm,
 )
 
-SIZES = {
+SIZES: Mapping[str, Scalar] = {
     "shape": "tiny",
     "batch_size": 2,
     "seq_length": 16,

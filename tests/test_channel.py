@@ -56,7 +56,7 @@ if do == "look":
     open("seen.json", "w").write(json.dumps({"env": dict(os.environ), "cwd": os.getcwd(), "args": sys.argv}))
     send(opened)
 if do == "slow":
-    for _ in range(3):
+    for _ in range(50):
         time.sleep(0.15)
         send(opened)
         receive()

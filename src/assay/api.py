@@ -12,20 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assay.channel import Channel, InlineChannel
-from assay.config import RunConfig
-from assay.contracts import Case, Options, Variant
 from assay.errors import UsageError
-from assay.measure.record import Arm, Record, Summary
-from assay.measure.stats import describe
-from assay.measure.store import read_records
-from assay.measure.verdict import Comparison, Verdict, compare_records
-from assay.observer import NullObserver, Observer
-from assay.plan import Plan
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where they are used: `import assay` and `assay --help` take no numpy
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from assay.channel import Channel
+    from assay.contracts import Case, Options
+    from assay.measure.record import Record, Summary
+    from assay.measure.verdict import Comparison, Verdict
+    from assay.observer import Observer
+    from assay.plan import Plan
     from assay.wire import Open
 
 __all__ = ["Comparisons", "Measurement", "compare", "load", "measure"]
@@ -108,6 +105,8 @@ class Measurement:
     @property
     def summary(self) -> Summary:
         """Statistics of the samples, ns per call."""
+        from assay.measure.stats import describe
+
         return describe(self.samples_ns)
 
     @property
@@ -151,6 +150,8 @@ def compare(
     """
     if len(functions) < 2:
         raise UsageError("one function cannot be compared", expected="two or more", got=len(functions))
+    from assay.measure.verdict import compare_records
+    from assay.observer import NullObserver
     from assay.session import run
 
     plan = _plan(list(functions), inputs, seed, time_budget_s, rel_ci, margin, warmup_steps)
@@ -192,6 +193,8 @@ def measure(
 
 def load(path: str | Path) -> Sequence[Record]:
     """The records of a run's folder or of a JSONL file. Raises StoreError where they cannot be read."""
+    from assay.measure.store import read_records
+
     return read_records(path)
 
 
@@ -204,6 +207,10 @@ def _plan(
     margin: float,
     warmup_steps: int,
 ) -> Plan:
+    from assay.config import RunConfig
+    from assay.measure.record import Arm, Case
+    from assay.plan import Plan
+
     config = RunConfig(
         arms=list(names),
         workload=["call"],
@@ -236,6 +243,8 @@ def _opening(plan: Plan) -> Open:
 
 
 def _inline(opening: Open, function: Callable[..., Any], inputs: MakeInputs) -> Channel:
+    from assay.channel import InlineChannel
+    from assay.contracts import Variant
     from assay.plugins import find
     from assay.worker import Runner
 

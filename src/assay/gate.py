@@ -98,7 +98,7 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
 def _compare_integers(out: Tensor, ref: Tensor, fault: str) -> Departure:
     wrong = (out != ref).reshape(-1)
     first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
-    where = f"first at {_index(first, tuple(out.shape))}" if first >= 0 else ""
+    where = f"first at {_index(first, tuple(out.shape))}" if first >= 0 and out.dim() else ""
     return Departure(float(wrong.double().mean()) if wrong.numel() else 0.0, where, fault)
 
 

@@ -20,7 +20,7 @@ import msgspec
 
 from assay import gate, plan, plugins
 from assay.contracts import Case, Options, System, Trial, Variant, Workload
-from assay.errors import Unavailable, UsageError
+from assay.errors import AssayError, Unavailable, UsageError
 from assay.measure import clock, device, environment, memory, validity
 from assay.measure.loop import Sampler
 from assay.measure.record import Cold, Figure, Memory, Scalar
@@ -85,7 +85,8 @@ class Runner:
         try:
             return self._answer(request)
         except Exception as e:
-            traceback.print_exc()
+            if not isinstance(e, AssayError):  # those say all there is to say in their one line
+                traceback.print_exc()
             return as_failure(e, self.arm.name)
 
     def _answer(self, request: Request) -> Reply:

@@ -70,7 +70,7 @@ def _check_training(system: LanguageModel, oracle: LanguageModel, ids_BT: torch.
     expected.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     loss = system.loss(ids_BT)
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    assert abs(float(loss) - float(expected)) < limit * float(expected)
+    assert abs(loss.item() - expected.item()) < limit * expected.item()
     truth = oracle.gradients()
     for name, gradient in system.gradients().items():
         expected_gradient = truth[name]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 import torch
-import torch._dynamo.config as dynamo_config
-from torch._dynamo.utils import counters
 
 from assay.errors import Unavailable, UsageError, nearest
 
@@ -29,6 +28,10 @@ def compile_proof() -> Mapping[str, int]:
     object, so a second system of the same kind rightly runs what the first one compiled. Whoever times
     compares `compiled_graphs` before and after: a rise, a recompilation too, means that compiling was timed.
     """
+    if "torch._dynamo" not in sys.modules:  # a second to import, which an arm that compiles nothing saves
+        return {"compiled_graphs": 0, "graph_breaks": 0}
+    from torch._dynamo.utils import counters
+
     breaks = sum(counters["graph_break"].values())
     return {"compiled_graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
 
@@ -57,6 +60,8 @@ def compile_call(
             expected=f"one of {', '.join(MODES)}",
             remedy=nearest(mode, MODES),
         )
+    import torch._dynamo.config as dynamo_config
+
     dynamo_config.recompile_limit = _SHAPES_A_CALL
     dynamo_config.fail_on_recompile_limit_hit = True
     if growing or not cuda_graphs:
