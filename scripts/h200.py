@@ -24,11 +24,11 @@ RUNS: dict[str, tuple[str, int]] = {
     "doctor": ("doctor --device cuda", 0),
     "seed": ("compare eager fused --device cuda --time-budget 10", 0),
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
-    "ladder": ("compare eager sdpa compile hf --device cuda --launches 2 --time-budget 4", 0),
-    "dtypes": ("compare eager fused --device cuda --dtype bf16,fp32 --launches 1 --time-budget 3", 0),
+    "ladder": ("compare eager sdpa compile hf --device cuda --launches 1 --time-budget 3", 0),
+    "dtypes": ("compare eager fused --device cuda --dtype bf16 --launches 1 --time-budget 3", 0),
     "modes": (
         "compare compile compile[compile_mode=reduce-overhead] compile[compile_mode=max-autotune] "
-        "--device cuda --workload infer --launches 2 --time-budget 4",
+        "--device cuda --workload infer --launches 1 --time-budget 3",
         0,
     ),
     "no-causal-mask": (f"compare eager {MUTANT.format('no_causal_mask')} --device cuda --workload infer", 2),

@@ -103,6 +103,11 @@ class Scripted:
         """How many requests of a kind have come."""
         return sum(isinstance(r, kind) for r in self.asked)
 
+    def _phases_ns(self) -> dict[str, float]:
+        if self.opening.case.workload == "generate":
+            return {"prefill": self.step_ns * 0.25, "decode": self.step_ns * 0.75}
+        return {"forward": self.step_ns * 0.9}
+
     def _answer(self, request: Request) -> Reply:
         match request:
             case Open():
@@ -113,7 +118,7 @@ class Scripted:
                 return Gated(figures=[PASSED])
             case Build():
                 cold = Cold(import_s=0.1, build_s=0.2, first_call_s=0.3)
-                return Built(cold=cold, phases=["forward"], work={}, model={})
+                return Built(cold=cold, phases=list(self._phases_ns()), work={}, model={})
             case MeasureMemory():
                 return Memory(
                     source="resident", peak_mib=2.0, final_mib=1.0, reserved_mib=2.0, baseline_mib=1.0
@@ -123,7 +128,7 @@ class Scripted:
             case Warm():
                 return Ready(warm_up=WarmUp(steps=1, steady=True), inner=1, clock="wall", resolution_ns=100.0)
             case Sample():
-                phases = {"forward": self.step_ns * 0.9}
+                phases = self._phases_ns()
                 return Sampled(timing=Timing(step_ns=self.step_ns, wall_ns=self.step_ns, phases_ns=phases))
             case Finish():
                 return Finished(

@@ -281,3 +281,9 @@ def test_importing_the_package_imports_neither_torch_nor_what_reports_need() -> 
     code = "import sys, assay; print([m for m in ('torch', 'scipy', 'rich', 'altair') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_function_measure_is_not_replaced_by_the_package_of_that_name() -> None:
+    code = "import assay, types; assay.measure(max, inputs=lambda _: (1, 2), time_budget_s=0.01)\n"
+    code += "import assay.measure.stats, assay.session\nassert isinstance(assay.measure, types.FunctionType)"
+    subprocess.run([sys.executable, "-c", code], check=True)

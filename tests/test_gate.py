@@ -231,7 +231,8 @@ def test_gradients_share_the_median_of_the_reference_errors() -> None:
 
 
 def test_reference_without_a_finite_error_excuses_nothing() -> None:
-    out, ref = torch.full((2, 2), math.inf), values(2, 2)
+    out, ref = values(2, 2), values(2, 2)
+    out[0, 0] = ref[1, 1] = math.inf  # as many as the oracle has, elsewhere
     (figure,) = gate.judge_outputs(
         "precision", "before", {"logits": out}, {"logits": ref}, dtype="fp16", reference={"logits": math.inf}
     )
@@ -318,7 +319,7 @@ def test_explanation_is_one_line_with_what_how_much_and_where() -> None:
 
 
 def test_probe_is_the_first_thing_said_and_a_pass_says_nothing() -> None:
-    moved = figure("causality", 0.5, "probe", passed=False, note="the output moved")
+    moved = figure("causality", 0.5, tier="probe", passed=False, note="the output moved")
     assert gate.explain([figure("logits", 2.0, passed=False), moved]).startswith("probe gate: causality")
     assert gate.explain([figure("logits", 0.5)]) == ""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import assay.measure  # noqa: F401  (first: imported later it would take the place of the function `measure`)
 from assay.errors import UsageError
 
 if TYPE_CHECKING:  # imported where they are used: `import assay` and `assay --help` take no numpy

@@ -9,7 +9,13 @@ from assay.measure.record import Status
 from assay.observer import NullObserver
 from assay.plan import make_plan
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),  # torch's own, on compiling
+    pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),  # full float32 is what we asked for
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),  # torch primes its own pool
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),  # the first call of a process
+]
 
 SIZES = {"shape": ["tiny"], "seq_length": [64], "gen_input_length": [16], "gen_output_length": [24]}
 
