@@ -217,7 +217,7 @@ def test_checker_sees_an_offence(module: str, source: str) -> None:
             "import torch\nfrom .cache import Cache\nfrom assay.measure.record import Work",
         ),
         ("systems.c2c.project", "from assay.systems.decoder.cache import Static"),
-        ("cli", "def f():\n    from assay.session import compare"),
+        ("cli", "def f():\n    from assay.show import execute"),
         ("report.__init__", "from .html import render"),
     ],
 )

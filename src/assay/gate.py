@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from assay.contracts import Claim
@@ -341,7 +341,9 @@ def one_ulp(value: object) -> object:
     if isinstance(value, Mapping):
         return {k: one_ulp(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(one_ulp(v) for v in value)
+        items = [one_ulp(v) for v in value]
+        make: Callable[..., object] = getattr(value, "_make", type(value))  # a named tuple takes them apart
+        return make(items)
     return value
 
 

@@ -125,14 +125,14 @@ class Journal:
         self.records.append(record)
         self._told(record)
 
-    def sample(self, pair: Pair, number: int, blocks: Blocks) -> None:
-        """Append the newest block, a line for each arm."""
+    def sample(self, pair: Pair, number: int, blocks: Blocks, block: int) -> None:
+        """Append one block, a line for each arm."""
         store = self._writer()
         if store is None:
             return
         for arm, timing, letter in (
-            (pair.baseline, blocks.baseline[-1], "B"),
-            (pair.other, blocks.other[-1], "O"),
+            (pair.baseline, blocks.baseline[block], "B"),
+            (pair.other, blocks.other[block], "O"),
         ):
             store.append_sample(
                 SampleLine(
@@ -141,8 +141,8 @@ class Journal:
                     arm=arm.name,
                     other=pair.other.name,
                     launch=number,
-                    block=len(blocks.order) - 1,
-                    first=blocks.order[-1] == letter,
+                    block=block,
+                    first=blocks.order[block] == letter,
                     samples_ns={"step": timing.step_ns, **timing.phases_ns},
                     wall_ns=timing.wall_ns,
                 )
@@ -274,6 +274,9 @@ class Journal:
         operators = {f.operators for f in launch.finished.values()}
         if len(launch.finished) == 2 and len(operators) == 1 and operators != {""}:
             found.append("both arms ran the same operators: what is claimed may not be in effect")
+        widths = [f.proof.get("kv_bytes_per_token") for f in launch.finished.values()]
+        if len(set(widths)) > 1:
+            found.append(f"the arms' caches differ: {' and '.join(map(str, widths))} bytes a token")
         return found
 
 

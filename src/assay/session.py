@@ -171,7 +171,8 @@ class _Session:
                 self._prepare_pair(pair, launch)
                 self._measure_pair(pair, made, launch)
             except _Trouble as e:
-                if e.status is not Status.OUT_OF_MEMORY or len(launch.built) != 1:
+                together = e.arm == pair.other.name or pair.other.name in launch.built
+                if e.status is not Status.OUT_OF_MEMORY or not together:
                     raise
                 self._alternate(pair, made, launch)
         except _Trouble as e:
@@ -238,7 +239,7 @@ class _Session:
             return sample
 
         def on_block(blocks: Blocks) -> None:
-            self.journal.sample(pair, launch.number, blocks)
+            self.journal.sample(pair, launch.number, blocks, len(blocks.order) - 1)
             self._tell_block(pair, launch.number, blocks.log_ratios, asked)
 
         blocks = interleave(
@@ -297,10 +298,14 @@ class _Session:
             self._gate(pair.case, arm, made, "before", launch)
             self._warm(pair.case, arm, launch)
             taken.append(self._alone(arm, launch, asked))
+            if self.interrupted:
+                return
             self._close_arm(pair.case, arm, made, launch)
         n = min(map(len, taken))
         stop = f"{n} samples of each arm alone"
         launch.blocks = Blocks(baseline=taken[0][:n], other=taken[1][:n], order="B" * n, stop=stop)
+        for block in range(n):
+            self.journal.sample(pair, launch.number, launch.blocks, block)
 
     def _alone(self, arm: Arm, launch: Launch, asked: int | None) -> list[Timing]:
         """Samples of one arm without its partner: as many as asked for, or as fit half the budget."""

@@ -13,7 +13,7 @@ from assay.config import RunConfig, from_mapping
 from assay.errors import StoreError, UsageError
 from assay.measure.device import load_calibration
 from assay.measure.record import Record
-from assay.measure.store import write_atomically
+from assay.measure.store import check_space, write_atomically
 from assay.measure.verdict import Comparison, StoredScatter, compare_records, exit_code
 from assay.plan import make_plan
 
@@ -104,7 +104,8 @@ def _folder(config: RunConfig, given: str | None, *, resume: bool) -> Path:
 
 
 def _check_writable(folder: Path, output: str) -> None:
-    """Find an unwritable place before anything is measured, and leave nothing behind."""
+    """Find an unwritable place or a full disk before anything is measured, and leave nothing behind."""
+    check_space(folder)
     for path in (folder, Path(output)):
         parent = path.absolute().parent if path.suffix else path.absolute()
         while not parent.exists():

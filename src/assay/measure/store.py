@@ -30,6 +30,7 @@ from assay.measure.record import SCHEMA, Record, SampleLine, Status
 __all__ = [
     "MIN_FREE_MIB",
     "RunStore",
+    "check_space",
     "completed",
     "latest",
     "read_records",
@@ -64,7 +65,7 @@ class RunStore:
 
     def __init__(self, folder: str | Path, run_id: str) -> None:
         self.folder, self.run_id = Path(folder), run_id
-        _check_space(self.folder)
+        check_space(self.folder)
         with _explained(f"write to {self.folder}"), ExitStack() as stack:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(self.folder / LOCK))
@@ -187,7 +188,7 @@ def _append(fd: int, line: bytes) -> None:
         raise
 
 
-def _check_space(folder: Path) -> None:
+def check_space(folder: Path) -> None:
     """Refuse a nearly full disk before anything is created."""
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     with _explained(f"write to {folder}"):
