@@ -48,6 +48,7 @@ ROUNDING = {
     "bf16-autocast": 2.0**-8,
     "as given": 0.0,  # opaque functions: their own response and their output's rounding decide
 }
+LOSS_REDUCTION = 4 * 2.0**-23  # a mean over tokens in float32, whatever the dtype, summed in another order
 GRAD_SHARE = 1e-3  # a gradient is scaled by at least this share of the whole gradient's norm
 EXTRA_ZEROS = 0.01  # share of entries that may be exactly zero beyond the oracle's own zeros
 PROBE_LIMIT = 1e-4  # relative, in float32
@@ -182,7 +183,7 @@ def _figure(
     limit, ref_error = MEANING_LIMIT[kind(name)], None
     if reference is not None:
         ref_error = reference[name]
-        limit = K * max(ref_error, _typical(name, reference), ROUNDING[dtype])
+        limit = K * max(ref_error, _typical(name, reference), _rounding(name, dtype))
     if out is None:
         note = "missing: the arm gives no such quantity"
         return Figure(tier=tier, stage=stage, quantity=name, error=None, limit=limit, passed=False, note=note)
@@ -206,6 +207,11 @@ def _grad_norm(oracle: Mapping[str, Tensor]) -> float:
 
 def _scale(name: str, grad_norm: float) -> float | None:
     return GRAD_SHARE * grad_norm if kind(name) == "grad" else None
+
+
+def _rounding(name: str, dtype: str) -> float:
+    """What rounding alone may do to a quantity, however close the reference came by luck."""
+    return max(ROUNDING[dtype], LOSS_REDUCTION) if kind(name) == "loss" else ROUNDING[dtype]
 
 
 def _typical(name: str, reference: Mapping[str, float]) -> float:
