@@ -2,8 +2,8 @@
 
     python benchmarks/false_alarms.py [--same 40] [--slower 10] [--device cpu] [--shape tiny]
 
-Every verdict comes from five launches of two fresh processes each, on short steps. Prints each ratio, then the
-rate of false alarms (`faster` or `slower` of a build against itself) with its 95% binomial interval, which
+Every verdict comes from five launches of two fresh processes each, on short steps. Prints each ratio, then
+the rate of false alarms (`faster` or `slower` of a build against itself) with its 95% interval, which
 must contain 5% or lie below, and how often 10% extra work was called `slower`, which must be 9 of 10.
 """
 
