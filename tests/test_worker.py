@@ -425,3 +425,17 @@ def test_opening_resolves_names_before_anything_is_built() -> None:
         open_runner(opening("infre", "eager"))
     with pytest.raises(UsageError, match="did you mean 'eager'"):
         open_runner(opening("infer", "egaer"))
+
+
+def test_a_requirement_that_is_not_met_is_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    eager = plugins.find("variants", "eager")
+    for name, said in (("cuda", "needs a CUDA device"), ("no_such_module_here", "needs no_such_module_here")):
+        monkeypatch.setattr(plugins, "find_variant", lambda _target, n=name: replace(eager, requires=(n,)))
+        case = Case(workload="infer", params={"shape": "tiny", "batch_size": 1, "seq_length": 8})
+        opening = Open(case=case, arm=Arm(name="x", target="eager"), scratch=str(tmp_path), weights="shared")
+        with pytest.raises(Unavailable, match=said):
+            open_runner(opening)

@@ -7,6 +7,7 @@ API from inside the session's process.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import sys
 import time
@@ -500,7 +501,19 @@ def open_runner(request: Open) -> Runner:
     device.resolve(request.case.device)
     device.check_dtype(request.case.device, request.case.dtype)
     workload = plugins.find("workloads", request.case.workload)
-    return Runner(request, plugins.find_variant(request.arm.target), workload)
+    variant: Variant = plugins.find_variant(request.arm.target)
+    for name in variant.requires:
+        _require(name, request)
+    return Runner(request, variant, workload)
+
+
+def _require(name: str, request: Open) -> None:
+    """Raise Unavailable where a variant's requirement, `cuda` or an importable module, is not met here."""
+    arm = request.arm.name
+    if name == "cuda" and not request.case.device.startswith("cuda"):
+        raise Unavailable(f"'{arm}' needs a CUDA device", "use --device cuda on a machine that has one")
+    if name != "cuda" and importlib.util.find_spec(name) is None:
+        raise Unavailable(f"'{arm}' needs {name}", f"{sys.executable} -m pip install {name}")
 
 
 def _import_torch() -> None:

@@ -230,10 +230,13 @@ def device_name(device: str) -> str:
 def device_key(device: str) -> str | None:
     """What ceilings and calibrations are cached by; None for a GPU that neither torch nor the driver names.
 
-    A GPU goes by its UUID. A CPU has none: a digest of its name, its cores and torch's version stands in.
+    A GPU goes by its UUID. A CPU has none: a digest of its name, its cores, torch's version and the
+    threads asked for stands in.
     """
     if not device.startswith("cuda"):
-        return "cpu-" + digest([cpu_name(), os.cpu_count(), _torch_version()])
+        return "cpu-" + digest(
+            [cpu_name(), os.cpu_count(), _torch_version(), os.environ.get("OMP_NUM_THREADS")]
+        )
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     gpu = nvml(device)
