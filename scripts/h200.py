@@ -12,6 +12,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,10 @@ RUNS: dict[str, tuple[str, int]] = {
     "doctor": ("doctor --device cuda", 0),
     "seed": ("compare eager fused --device cuda --time-budget 10", 0),
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
-    "ladder": ("compare eager sdpa compile hf --device cuda --launches 1 --time-budget 3", 0),
-    "dtypes": ("compare eager fused --device cuda --dtype bf16 --launches 1 --time-budget 3", 0),
+    "ladder": (
+        "compare eager sdpa compile hf --device cuda --workload infer --launches 2 --time-budget 4",
+        0,
+    ),
     "modes": (
         "compare compile compile[compile_mode=reduce-overhead] compile[compile_mode=max-autotune] "
         "--device cuda --workload infer --launches 1 --time-budget 3",
@@ -42,6 +45,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(RUNS), help="names, separated by commas")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/h200")))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wrong = 0
     for name in arguments.only.split(","):
         command, expected = RUNS[name]
@@ -58,10 +62,15 @@ def run(name: str, command: str, expected: int, out: Path) -> bool:
         if parts[3] == "compare":
             parts += ["--dir", str(place), "--output", str(Path(folder) / "seed.json")]
         print(f"== {name}: assay {command}", flush=True)
-        code = subprocess.run(parts, check=False).returncode
-        out.mkdir(parents=True, exist_ok=True)
-        if (place / "records.jsonl").exists():
-            shutil.copy(place / "records.jsonl", out / f"{name}.jsonl")
+        child = subprocess.Popen(parts)
+        try:
+            code = child.wait()
+        finally:  # also when this programme is stopped: the device time is paid for
+            child.terminate()
+            child.wait()
+            out.mkdir(parents=True, exist_ok=True)
+            if (place / "records.jsonl").exists():
+                shutil.copy(place / "records.jsonl", out / f"{name}.jsonl")
     took = time.monotonic() - begin
     print(f"== {name}: exit {code}, expected {expected}, {took:.0f} s", flush=True)
     return code != expected

@@ -1,6 +1,7 @@
 """The Python API: plain callables, closures and all, compared or measured in this process."""
 
 import io
+import signal
 import subprocess
 import sys
 import threading
@@ -229,6 +230,15 @@ def test_comparison_works_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert found[0].verdict is not None
+
+
+def test_interrupt_before_the_first_block_is_an_interrupt() -> None:
+    def stop(value: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return value
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(stop, stop)
 
 
 # One function

@@ -212,8 +212,10 @@ def test_interpreter_that_cannot_be_started_is_bad_usage(tmp_path: Path, mode: i
     false_python = tmp_path / "python"
     false_python.write_bytes(b"\x7fELF broken")
     false_python.chmod(mode)
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(UsageError, match="cannot be started; got "):
         ProcessChannel.open(Arm(name="a", target="a", python=str(false_python)), tmp_path, 5.0)
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
 
 
 def test_interpreter_without_our_requirements_is_unavailable_with_the_remedy(tmp_path: Path) -> None:

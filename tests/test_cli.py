@@ -207,7 +207,7 @@ def test_resumed_run_measures_nothing_that_is_complete(run: Run, stage: Stage) -
 def test_resuming_names_the_run_that_the_folder_holds(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(run) == 0
     assert compare(run, "--resume", "--seed", "1") == 4
-    assert "assay run run/config.yaml --resume" in capsys.readouterr().err
+    assert "assay run run/config.yaml --dir run --resume" in capsys.readouterr().err
 
 
 def test_nothing_to_resume_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,6 +237,31 @@ def test_place_that_cannot_be_written_is_found_before_measuring(
         (tmp_path / "closed").mkdir(mode=0o555)
         assert run("compare", "eager", "sdpa", *TINY, *FEW, flag, f"closed/{place}") == 4
     assert stage.opened == []
+
+
+def test_resuming_a_folder_without_a_run_is_refused(
+    run: Run, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(run, "--resume") == 4
+    assert "holds no run to resume; leave out --resume to start one there" in capsys.readouterr().err
+    assert stage.opened == []
+
+
+def test_output_that_is_a_folder_is_found_before_measuring(
+    run: Run, stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.json").mkdir()
+    assert run("compare", "eager", "sdpa", *TINY, *FEW, "-o", "out.json") == 4
+    assert "--output 'out.json' is a folder; expected the path of a JSON file" in capsys.readouterr().err
+    assert stage.opened == []
+
+
+@pytest.mark.parametrize("asked", [["--workload", "infr"], ["--launches", "1"]])
+def test_calibration_that_cannot_be_is_refused_before_anything_is_measured(
+    run: Run, capsys: pytest.CaptureFixture[str], asked: list[str]
+) -> None:
+    assert run("doctor", "--device", "cpu", "--calibrate", *asked) == 4
+    assert capsys.readouterr().out == ""
 
 
 # Configurations

@@ -27,6 +27,7 @@ CORE = (
     "observer",
     "plan",
     "plugins",
+    "scratch",
     "wire",
 )
 BENCH = ("errors", "measure.clock", "measure.record", "measure.stages")  # what a system may know of the bench
@@ -39,6 +40,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     # a user's builder becomes a variant there; named shapes are listed without torch
     "plugins": ("errors", "systems.decoder.shapes", "variants._custom"),
     "observer": ("measure.record",),
+    "scratch": (),
     "plan": ("config", "contracts", "errors", "measure", "plugins"),
     "journal": CORE,
     "alone": CORE,

@@ -95,6 +95,9 @@ def test_builders_file_means_the_same_from_any_folder(
         ("fused[compile_mode=defualt]", "did you mean 'default'?"),
         ("eager[x=1]", "has no option 'x'; expected no options"),
         ("gone.py:build", "no file 'gone.py'"),
+        ("mine.py", "arm 'mine.py' names no builder; expected mine.py:NAME"),
+        ("mine.py:", "arm 'mine.py:' names no builder"),
+        (":build", "arm ':build' names no builder"),
     ],
 )
 def test_wrong_arm_is_refused(arm: str, said: str) -> None:

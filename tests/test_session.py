@@ -5,6 +5,7 @@ import os
 import signal
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -237,9 +238,18 @@ def test_complete_run_opens_no_channel_when_resumed(tmp_path: Path) -> None:
 def test_failure_that_may_end_otherwise_is_tried_again(tmp_path: Path, status: str, repeated: bool) -> None:
     play(Stage(faults={"b": at_sample(2, status)}), tmp_path)
     records = play(Stage(), tmp_path, resume=True).records
-    assert len(records) == (6 if repeated else 2)
+    assert len(records) == (4 if repeated else 2)
     (found,) = compare_records(records, stored=None, asked_launches=2)
     assert (found.interval is not None) == repeated
+
+
+def test_launch_that_died_once_does_not_end_its_pair_for_good(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"launches": 4, "benchmark_steps": 8}
+    play(Stage(faults={"b": at_sample(2, "killed")}), tmp_path, **asked)
+    play(Stage(), tmp_path, Listener(1, interrupt), resume=True, **asked)  # repeats launch 0, then stops
+    records = play(Stage(), tmp_path, resume=True, **asked).records
+    assert sorted({r.launch for r in records if r.status.measured}) == [0, 1, 2, 3]
+    assert len(records) == 8
 
 
 def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:

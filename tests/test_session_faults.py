@@ -123,6 +123,18 @@ def test_builder_that_is_wrong_everywhere_is_bad_usage_and_writes_nothing(
     assert all(channel.closed for channel in stage.opened)
 
 
+@pytest.mark.parametrize("kind", [Oracle, Check])
+def test_case_that_turns_out_impossible_does_not_take_the_earlier_ones_along(kind: type[Request]) -> None:
+    def second_case(arm: Scripted, request: Request) -> Reply | None:
+        failing = isinstance(request, kind) and arm.opening.case == OTHER_CASE
+        return Failure(status="usage", reason="gave no cache back") if failing else None
+
+    records = play(Stage(faults={"a": second_case}), cases=(CASE, OTHER_CASE)).records
+    assert statuses([r for r in records if r.case == CASE]) == BOTH_OK
+    ended = [(r.status.value, r.reason) for r in records if r.case == OTHER_CASE]
+    assert ended == [("error", "gave no cache back"), ("partner_failed", "")]
+
+
 def test_answer_of_another_kind_is_a_crash() -> None:
     records = play(Stage(faults={"b": at_request(Warm, Gated(figures=[]))})).records
     assert (records[1].status, records[1].reason) == (

@@ -147,7 +147,8 @@ def compare(
     lists and dicts of them. The first function is the reference: its own response to inputs moved by one
     unit in the last place sets how far the others may be from it. Each pair gets `time_budget_s` seconds.
 
-    Raises UsageError where an argument is wrong, and whatever a function raises becomes its status.
+    Raises UsageError where an argument is wrong, and KeyboardInterrupt where Ctrl-C came before the first
+    block; later, what was measured is gated and judged. Whatever a function raises becomes its status.
     """
     if len(functions) < 2:
         raise UsageError("one function cannot be compared", expected="two or more", got=len(functions))
@@ -162,6 +163,8 @@ def compare(
         return _inline(opening, functions[opening.arm.name], inputs)
 
     outcome = run(plan, None, observer or NullObserver(), connect=connect)
+    if not outcome.records:
+        raise KeyboardInterrupt("stopped before anything was measured")
     found = compare_records(outcome.records, margin=margin, stored=None, asked_launches=1)
     return Comparisons(comparisons=found, records=outcome.records)
 

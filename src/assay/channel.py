@@ -95,19 +95,25 @@ class ProcessChannel:
         self._log = scratch / f"worker-{os.urandom(4).hex()}.log"
         request_out, self._to = os.pipe()
         self._from, reply_in = os.pipe()
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [self._python, "-m", "assay.worker", str(request_out), str(reply_in)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(request_out, reply_in),
-                env=_environment(arm, scratch),
-                cwd=arm.cwd,
-                start_new_session=True,
-            )
-        os.close(request_out)
-        os.close(reply_in)
+        try:
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [self._python, "-m", "assay.worker", str(request_out), str(reply_in)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(request_out, reply_in),
+                    env=_environment(arm, scratch),
+                    cwd=arm.cwd,
+                    start_new_session=True,
+                )
+        except OSError:
+            os.close(self._to)
+            os.close(self._from)
+            raise
+        finally:
+            os.close(request_out)
+            os.close(reply_in)
         self._fds: tuple[int, ...] = (self._to, self._from)
         self._decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
@@ -120,8 +126,10 @@ class ProcessChannel:
             raise UsageError(f"'{arm.python}' cannot be started", got=e.strerror) from e
 
     def send(self, request: Request) -> None:
+        data = memoryview(pack(request))
         with contextlib.suppress(BrokenPipeError):  # how the worker died is told where its reply is awaited
-            os.write(self._to, pack(request))
+            while data:  # a signal may cut a write short
+                data = data[os.write(self._to, data) :]
 
     def receive(self) -> Reply:
         try:
@@ -140,7 +148,8 @@ class ProcessChannel:
         return os.read(self._from, size)
 
     def _died(self) -> WorkerError | Unavailable:
-        code = self._process.wait()
+        self._leave()  # the pipe has ended; threads of the arm's own may keep the process
+        code = self._process.returncode
         tail = _last_line(self._log)
         if "ModuleNotFoundError" in tail and self._python != sys.executable:
             module = tail.rpartition("'")[0].rpartition("'")[2]
@@ -159,6 +168,10 @@ class ProcessChannel:
         for fd in self._fds:
             os.close(fd)
         self._fds = ()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Give the worker a moment to end by itself."""
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

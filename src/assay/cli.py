@@ -196,9 +196,9 @@ def report(folder: Path, *, output: Annotated[str | None, Parameter(name=("--out
         Also write the comparison as one JSON file here.
     """
     from assay import show
-    from assay.measure.store import read_records
+    from assay.measure.store import latest, read_records
 
-    records = read_records(folder)
+    records = latest(read_records(folder))  # a launch that died and was repeated counts once
     if not records:
         raise UsageError(f"'{folder}' holds no records", expected="the folder of a run")
     return show.show(records, folder if folder.is_dir() else folder.parent, output, verbose=False)

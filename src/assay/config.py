@@ -18,6 +18,7 @@ from assay.measure.record import Arm, Scalar, digest
 __all__ = ["DTYPES", "RunConfig", "from_mapping", "load", "parse_arm", "parse_scalar", "to_yaml"]
 
 DTYPES = ("auto", "bf16-autocast", "bf16", "fp32")
+LARGEST = 2**63 - 1  # of whole numbers: what a message to a worker, and a tensor's size, can hold
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,6 +80,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ):
             if value is not None and value < least:
                 raise UsageError(f"{flag} is too small", expected=f"at least {least}", got=value)
+            if value is not None and value > LARGEST:
+                raise UsageError(f"{flag} is too large", expected=f"at most {LARGEST}", got=value)
         for flag, number in (
             ("--rel-ci", self.rel_ci),
             ("--time-budget", self.time_budget_s),
@@ -97,6 +100,18 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 "one arm cannot be compared", expected="two or more arms", got=", ".join(self.arms) or "none"
             )
         self._validate_steps()
+        self._validate_time()
+
+    def _validate_time(self) -> None:
+        """A launch whose sampling alone takes as long as it may take would end in a timeout, always."""
+        share, timed = self.time_budget_s / self.launches, self.isolation == "process"
+        if timed and self.benchmark_steps is None and share >= self.timeout_s:
+            raise UsageError(
+                "--time-budget leaves no time for anything else before --timeout",
+                expected=f"less than {self.timeout_s * self.launches:g} s for {self.launches} launches",
+                got=f"{self.time_budget_s:g} s",
+                remedy="raise --timeout or lower --time-budget",
+            )
 
     def _validate_steps(self) -> None:
         for flag, steps in (

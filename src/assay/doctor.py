@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from assay import session
+from assay import plugins, session
 from assay.config import RunConfig
+from assay.errors import UsageError
 from assay.measure import device, environment, stats
 from assay.measure.record import Record
 from assay.measure.verdict import Scatter, StoredScatter
@@ -28,6 +29,12 @@ SHORT = {"batch_size": [1], "seq_length": [128], "gen_input_length": [32], "gen_
 def run(where: str, workloads: Sequence[str], launches: int) -> int:
     """Print the findings, measure and store the ceilings, calibrate the workloads named."""
     where = device.resolve(where)
+    for name in workloads:
+        plugins.find("workloads", name)
+    if workloads and launches < 2:
+        raise UsageError(
+            "scatter between launches cannot be seen", expected="--launches 2 or more", got=launches
+        )
     print(f"device      {device_line(where)}")
     for line in missing(where):
         print(line)

@@ -32,7 +32,7 @@ from assay.measure.record import (
     Status,
     record_id,
 )
-from assay.measure.store import RunStore, completed, read_records
+from assay.measure.store import RunStore, completed, latest, read_records
 from assay.plan import Plan
 from assay.wire import Built, Finished, OracleMade, Ready
 
@@ -122,7 +122,7 @@ class Journal:
         store = self._writer()
         if store is not None:
             store.append_record(record)
-        self.records.append(record)
+        self.records = latest([*self.records, record])
         self._told(record)
 
     def sample(self, pair: Pair, number: int, blocks: Blocks, block: int) -> None:
@@ -298,7 +298,7 @@ def _readings(telemetry: dict[str, Scalar], prefix: str) -> dict[str, Scalar]:
 
 
 def _earlier(folder: Path, config: RunConfig) -> list[Record]:
-    """The records of the run to resume. Raises UsageError where the folder holds another run."""
+    """The records of the run to resume, each launch as it last ended. Raises UsageError for another run's."""
     if not (folder / "records.jsonl").exists():
         return []
     records = read_records(folder)
@@ -308,9 +308,9 @@ def _earlier(folder: Path, config: RunConfig) -> list[Record]:
             f"'{folder}' holds a run with another configuration",
             expected=config.hash,
             got=min(others),
-            remedy=f"resume that one with: assay run {folder / 'config.yaml'} --resume",
+            remedy=f"resume that one with: assay run {folder / 'config.yaml'} --dir {folder} --resume",
         )
-    return records
+    return latest(records)
 
 
 def now() -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from assay import plugins
-from assay.config import RunConfig, parse_arm
+from assay.config import LARGEST, RunConfig, parse_arm
 from assay.errors import UsageError, nearest
 from assay.measure import device, environment
 from assay.measure.record import Arm, Case, Scalar
@@ -94,6 +94,8 @@ def _check_value(name: str, value: Scalar, option: Option) -> None:
         raise UsageError(f"{flag} is not a whole number", expected="a whole number", got=repr(value))
     if option.minimum is not None and isinstance(value, int) and value < option.minimum:
         raise UsageError(f"{flag} is too small", expected=f"at least {option.minimum}", got=value)
+    if isinstance(value, int) and value > LARGEST:
+        raise UsageError(f"{flag} is too large", expected=f"at most {LARGEST}", got=value)
     if option.choices and value not in option.choices:
         raise UsageError(
             f"{flag} cannot be '{value}'",
@@ -121,6 +123,8 @@ def _arms(config: RunConfig) -> list[Arm]:
             )
         same = sum(earlier.name == arm.name for earlier in given[:place])
         target = arm.target
+        if target.endswith(".py"):
+            raise UsageError(f"arm '{target}' names no builder", expected=f"{target}:NAME")
         if plugins.is_target(target):
             target = _absolute(target, arm.cwd)
         options = dict(arm.options)
@@ -134,6 +138,10 @@ def _arms(config: RunConfig) -> list[Arm]:
 def _absolute(target: str, cwd: str | None) -> str:
     """A file's path means the same wherever the worker runs; under `cwd=` it is meant from there."""
     place, _, attribute = target.rpartition(":")
+    if not place or not attribute:
+        raise UsageError(
+            f"arm '{target}' names no builder", expected="pkg.module:build or path/to/file.py:build"
+        )
     if not place.endswith(".py"):
         return target
     path = (Path(cwd or ".") / Path(place).expanduser()).resolve()

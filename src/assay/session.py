@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import shutil
 import signal
 import tempfile
 import time
@@ -32,6 +31,7 @@ from assay.measure.stopping import Stop, after, until
 from assay.measure.verdict import Verdict, compare_records
 from assay.observer import Observer
 from assay.plan import Plan
+from assay.scratch import scratch_folder
 from assay.wire import (
     Build,
     Built,
@@ -81,15 +81,14 @@ def run(
     Raises UsageError or StoreError before anything is measured; later trouble becomes a record's status.
     """
     journal = Journal(plan, folder, observer.record, resume=resume)
-    scratch = Path(tempfile.mkdtemp(prefix="assay-"))
-    session = _Session(plan, journal, observer, scratch, connect or connection(plan.config))
     try:
-        with session.interruptible():
-            session.run()
+        with scratch_folder() as scratch:
+            session = _Session(plan, journal, observer, scratch, connect or connection(plan.config))
+            with session.interruptible():
+                session.run()
     finally:
         observer.finished()
         journal.close()
-        shutil.rmtree(scratch, ignore_errors=True)
     return Outcome(records=journal.records, folder=folder, interrupted=session.interrupted)
 
 
@@ -138,9 +137,10 @@ class _Session:
             return
         try:
             made = self._make_oracle(case)
-        except (WorkerError, Unavailable) as e:
+        except (WorkerError, Unavailable, UsageError) as e:
+            ended = self._ending(e)
             for pair in pairs:
-                self.journal.failure(pair, {pair.baseline.name: _status_of(e)}, {})
+                self.journal.failure(pair, {pair.baseline.name: ended}, {})
             return
         checked, failed = self._check_all(case, {a.name: a for p in pairs for a in p.arms}, made)
         for pair in pairs:
@@ -357,8 +357,8 @@ class _Session:
                 try:
                     answer(channel, Opened)
                     found = ask(channel, Check(made=made), Gated)
-                except (WorkerError, Unavailable) as e:
-                    failed[name] = _status_of(e)
+                except (WorkerError, Unavailable, UsageError) as e:
+                    failed[name] = self._ending(e)
                     continue
                 finally:
                     channel.close()
@@ -367,6 +367,15 @@ class _Session:
                 if reason:
                     failed[name] = (Status.GATE_FAILED, reason)
         return figures, failed
+
+    def _ending(self, error: AssayError) -> tuple[Status, str]:
+        """How an arm ended before its launches. Bad usage ends a run that has measured nothing yet.
+
+        A later case that turns out to be impossible is recorded: it does not take the earlier ones with it.
+        """
+        if isinstance(error, UsageError) and not self.journal.records:
+            raise error
+        return _status_of(error)
 
     def _open(self, case: Case, arm: Arm) -> Channel:
         if self.config.fresh_compile:

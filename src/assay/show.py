@@ -84,7 +84,12 @@ def _folder(config: RunConfig, given: str | None, *, resume: bool) -> Path:
     """The run's folder: the one given, the latest of this configuration to resume, or a new one."""
     if given is not None:
         place = Path(given)
-        if not resume and (place / "records.jsonl").exists():
+        held = (place / "records.jsonl").exists()
+        if resume and not held:
+            raise UsageError(
+                f"'{given}' holds no run to resume", remedy="leave out --resume to start one there"
+            )
+        if held and not resume:
             raise UsageError(
                 f"'{given}' already holds a run",
                 expected="a new folder",
@@ -106,8 +111,9 @@ def _folder(config: RunConfig, given: str | None, *, resume: bool) -> Path:
 def _check_writable(folder: Path, output: str) -> None:
     """Find an unwritable place or a full disk before anything is measured, and leave nothing behind."""
     check_space(folder)
-    for path in (folder, Path(output)):
-        parent = path.absolute().parent if path.suffix else path.absolute()
+    if Path(output).is_dir():
+        raise UsageError(f"--output '{output}' is a folder", expected="the path of a JSON file")
+    for path, parent in ((folder, folder.absolute()), (Path(output), Path(output).absolute().parent)):
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir():

@@ -111,7 +111,7 @@ class MeasureMemory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Warm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Warm up, then calibrate the steps per sample."""
+    """Calibrate the steps per sample, then warm up with them; at least `floor` samples."""
 
     floor: int
 

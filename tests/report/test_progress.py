@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from assay.report.observer import NullObserver, Observer
+from assay.observer import NullObserver, Observer
 from assay.report.progress import RichProgress, time_left_s
 from tests.report.fixtures import BASELINE, OTHER, REFUSED, case_of, failed, finished, pair
 

@@ -5,9 +5,11 @@ Nothing here imports torch: the command line validates shapes and lists them thr
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -360,7 +362,20 @@ def _fetch_config(hub_id: str) -> Path:
     except ImportError as e:
         raise Unavailable(f"shape '{hub_id}' needs huggingface_hub", "pip install 'assay[models]'") from e
     try:
-        return Path(hf_hub_download(hub_id, "config.json"))
+        with _without_warnings("huggingface_hub"):  # one for every retry; the last failure is told below
+            return Path(hf_hub_download(hub_id, "config.json"))
     except Exception as e:  # the hub's client raises several unrelated trees; each means "not reachable"
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise Unavailable(f"cannot fetch the shape of '{hub_id}': {reason}", "give a local folder") from e
+
+
+@contextlib.contextmanager
+def _without_warnings(logger: str) -> Iterator[None]:
+    """Let a library log nothing below errors while inside."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
