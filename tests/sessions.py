@@ -132,7 +132,7 @@ class Scripted:
                 return Sampled(timing=Timing(step_ns=self.step_ns, wall_ns=self.step_ns, phases_ns=phases))
             case Finish():
                 return Finished(
-                    proof={"replays": 1}, disproved=[], recompiled="", operators="", environment=ENVIRONMENT
+                    proof={"replays": 1}, disproved=[], void="", operators="", environment=ENVIRONMENT
                 )
 
 

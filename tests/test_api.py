@@ -297,3 +297,21 @@ def test_function_measure_is_not_replaced_by_the_package_of_that_name() -> None:
     code = "import assay, types; assay.measure(max, inputs=lambda _: (1, 2), time_budget_s=0.01)\n"
     code += "import assay.measure.stats, assay.session\nassert isinstance(assay.measure, types.FunctionType)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_function_that_remembers_its_answers_gets_no_ratio() -> None:
+    import functools
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            x = torch.tanh(x @ x)
+        return x
+
+    def inputs(seed: int) -> tuple[torch.Tensor]:
+        return (torch.randn(128, 128, generator=torch.Generator().manual_seed(seed)),)
+
+    found = assay.compare(
+        {"honest": work, "cached": functools.cache(work)}, inputs=inputs, time_budget_s=0.5, warmup_steps=3
+    )
+    assert found.ratio is None
+    assert "memory of answers" in found.reason

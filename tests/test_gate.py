@@ -426,3 +426,11 @@ def test_one_ulp_reaches_nested_arguments_and_leaves_what_is_no_float() -> None:
 def test_opaque_rounding_is_eight_units_of_the_output(dtype: torch.dtype) -> None:
     assert gate.opaque_rounding(torch.ones(1, dtype=dtype)) == 8 * torch.finfo(dtype).eps
     assert gate.opaque_rounding(torch.ones(1, dtype=torch.int64)) == 0.0
+
+
+def test_a_claim_about_the_timed_region_is_judged_on_what_the_counter_gained_there() -> None:
+    claim = Claim(counter="replays", comparison=">", value=0, why="graphs replayed", timed=True)
+    assert gate.prove([claim], {"replays": 9}, {"replays": 4}) == []
+    assert gate.prove([claim], {"replays": 9}, {"replays": 9}) == [
+        "graphs replayed: replays is 0 while timed, expected > 0"
+    ]

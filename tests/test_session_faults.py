@@ -172,10 +172,8 @@ def test_fault_that_shows_only_on_fresh_inputs_after_timing_refuses_the_ratio(tm
     assert len(read_samples(tmp_path)) == 8, "raw samples stay on disk"
 
 
-def finished(*disproved: str, recompiled: str = "") -> Finished:
-    return Finished(
-        proof={}, disproved=list(disproved), recompiled=recompiled, operators="", environment=ENVIRONMENT
-    )
+def finished(*disproved: str, void: str = "") -> Finished:
+    return Finished(proof={}, disproved=list(disproved), void=void, operators="", environment=ENVIRONMENT)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +184,7 @@ def finished(*disproved: str, recompiled: str = "") -> Finished:
             Status.PROOF_FAILED,
             "graphs ran: replays is 0; no breaks: breaks is 2",
         ),
-        (finished(recompiled="1 graph more"), Status.INVALID, "1 graph more"),
+        (finished(void="1 graph more"), Status.INVALID, "1 graph more"),
     ],
 )
 def test_claim_that_did_not_hold_voids_the_samples(reply: Finished, status: Status, reason: str) -> None:

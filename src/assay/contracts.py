@@ -116,12 +116,17 @@ class Trial(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A counter that proves a variant's feature took effect: `counter` `comparison` `value`."""
+    """A counter that proves a variant's feature took effect: `counter` `comparison` `value`.
+
+    `timed` claims speak of what the counter gained between the first sample and the last; the others of all
+    that the process did, compiling included.
+    """
 
     counter: str
     comparison: Literal["==", ">", ">=", "<", "<="]
     value: float
     why: str
+    timed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

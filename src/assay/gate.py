@@ -272,15 +272,24 @@ def explain(figures: Sequence[Figure], layer: str = "") -> str:
     return f"{first.tier} gate: {first.quantity} differs: {', '.join(parts)}{more}"
 
 
-def prove(claims: Sequence[Claim], counters: Mapping[str, Scalar]) -> list[str]:
-    """The claims that the counters do not bear out, one line each. A missing counter proves nothing."""
+def prove(
+    claims: Sequence[Claim], counters: Mapping[str, Scalar], before: Mapping[str, Scalar] | None = None
+) -> list[str]:
+    """The claims that the counters do not bear out, one line each. A missing counter proves nothing.
+
+    `before` holds the counters as they stood at the first sample, for the claims about the timed region.
+    """
     failures = []
     for claim in claims:
         got = counters.get(claim.counter)
+        earlier = (before or {}).get(claim.counter, 0) if claim.timed else 0
+        if not isinstance(got, str) and got is not None and not isinstance(earlier, str):
+            got -= earlier
         if isinstance(got, str) or got is None or not _COMPARE[claim.comparison](got, claim.value):
             seen = "not counted" if got is None else got
+            when = " while timed" if claim.timed else ""
             failures.append(
-                f"{claim.why}: {claim.counter} is {seen}, expected {claim.comparison} {claim.value:g}"
+                f"{claim.why}: {claim.counter} is {seen}{when}, expected {claim.comparison} {claim.value:g}"
             )
     return failures
 

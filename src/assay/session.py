@@ -323,8 +323,8 @@ class _Session:
         finished = launch.finished.get(arm.name)
         if finished is None or not launch.blocks.order:
             return Status.INTERRUPTED, "stopped before it was measured"
-        if finished.recompiled:
-            return Status.INVALID, finished.recompiled
+        if finished.void:
+            return Status.INVALID, finished.void
         built = launch.built[arm.name]
         samples = phase_samples(launch.timings(pair, arm), built.phases)
         beaten = validity.implausible_reason(samples, self.journal.floors(built))

@@ -148,7 +148,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     proof: dict[str, Scalar]
     disproved: list[str]
-    recompiled: str  # why the samples are void, where something was compiled between them
+    void: str  # why the samples are void: compiled between them, or answered from memory
     operators: str  # digest of the profiled operators and their counts; empty without a profile
     environment: Environment
 

@@ -65,6 +65,11 @@ def at(case: Case, dtype: str) -> Case:
     return msgspec.structs.replace(case, dtype=dtype)
 
 
+def at_seed(case: Case, more: int) -> Case:
+    """The case with inputs of another seed."""
+    return msgspec.structs.replace(case, seed=case.seed + more)
+
+
 class Runner:
     """Answers the session's requests for one arm. Holds the built system from Build to close."""
 
@@ -78,6 +83,8 @@ class Runner:
         self._sampler: Sampler | None = None
         self._graphs = 0
         self._before: dict[str, Scalar] = {}
+        self._counted: dict[str, Scalar] = {}
+        self._steps_ns: list[float] = []
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -105,7 +112,7 @@ class Runner:
             case Warm():
                 return self.warm(request.floor)
             case Sample():
-                return Sampled(timing=self._ready().sample(request.lead_in))
+                return self.sample(request.lead_in)
             case Finish():
                 return self.finish(profile=request.profile)
             case Open():
@@ -124,8 +131,7 @@ class Runner:
         state = {} if self.variant.opaque else self._canonical_state()
         above = self._above(state)
         with self._reference(above, state) as oracle:
-            case = self._gate_case(oracle, budget_flops)
-            answers = {s: self._answers(oracle, at(case, above), n) for s, n in STAGES.items()}
+            case, answers = self._fitting_answers(oracle, self._gate_case(oracle, budget_flops), above)
             not_applicable = [
                 f"{f.quantity}: the baseline itself does not pass it, {f.where}"
                 for f in self._probe(oracle, at(case, above))
@@ -184,6 +190,21 @@ class Runner:
                 break
             case = smaller
         return case
+
+    def _fitting_answers(
+        self, oracle: Any, case: Case, above: str
+    ) -> tuple[Case, dict[str, dict[str, Tensor]]]:
+        """The oracle's answers to both stages, on a smaller case while memory does not hold them."""
+        while True:
+            try:
+                found = {s: self._answers(oracle, at(case, above), n) for s, n in STAGES.items()}
+            except Exception as e:
+                smaller = self.workload.smaller(case)
+                if as_failure(e, self.arm.name).status != "out_of_memory" or smaller is None:
+                    raise
+                case = smaller
+            else:
+                return case, found
 
     @staticmethod
     def _flops(oracle: Any, case: Case) -> float:
@@ -304,6 +325,7 @@ class Runner:
             sampler.calibrate()  # the steps were still slow when they were counted
         self._graphs = compiled_graphs()
         self._before = environment.telemetry(self.case.device)
+        self._counted = dict(self._timed().proof())
         return Ready(
             warm_up=warm_up,
             inner=sampler.inner,
@@ -311,9 +333,15 @@ class Runner:
             resolution_ns=sampler.clock.resolution_ns,
         )
 
+    def sample(self, lead_in: int) -> Sampled:
+        """One turn."""
+        timing = self._ready().sample(lead_in)
+        self._steps_ns.append(timing.step_ns)
+        return Sampled(timing=timing)
+
     def finish(self, *, profile: bool) -> Finished:
         """After the last sample: recompiles, counters, claims, telemetry."""
-        recompiled = validity.recompile_reason(self._graphs, compiled_graphs())
+        void = validity.recompile_reason(self._graphs, compiled_graphs())
         seen = environment.capture(self.case.device)
         telemetry = environment.around(self._before, seen.telemetry)
         counters: dict[str, Scalar] = dict(self._timed().proof())
@@ -327,11 +355,22 @@ class Runner:
         return Finished(
             proof={k: v for k, v in counters.items() if k in named or not k.startswith("ops.")}
             | {c: 0 for c in named if c.startswith("ops.") and c not in counters},
-            disproved=gate.prove(claims, _with_zero_operators(counters, named, profile)),
-            recompiled=recompiled or "",
+            disproved=gate.prove(claims, _with_zero_operators(counters, named, profile), self._counted),
+            void=void or (self._remembered() if profile else None) or "",
             operators=operators,
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
         )
+
+    def _remembered(self) -> str | None:
+        """Why the samples are void: on inputs that it has never seen the same step takes far longer."""
+        ticker = self._ready().clock
+        if self.variant.opaque:  # one input a trial: each call needs a trial of its own
+            trials = [self.workload.prepare(self._system, at_seed(self.case, n)) for n in (1, 2, 3)]
+            unseen_ns = [ticker.time(trial.step).step_ns for trial in trials]
+        else:  # inputs rotate: the lead-in has one, each sample the next
+            sampler = Sampler(self.workload.prepare(self._system, at_seed(self.case, 1)), ticker)
+            unseen_ns = [sampler.sample(lead_in=1).step_ns, sampler.sample(lead_in=0).step_ns]
+        return validity.remembered_reason(self._steps_ns, min(unseen_ns))
 
     def _profile(self, counters: dict[str, Scalar]) -> str:
         """Count the operators of one more step as `ops.<name>`; returns a digest of names and counts."""

@@ -18,6 +18,7 @@ from assay.measure.validity import (
     order_effect,
     outliers,
     recompile_reason,
+    remembered_reason,
     throttled,
     two_modes,
     warnings,
@@ -158,3 +159,9 @@ def test_the_phase_that_beats_its_floor_by_most_is_named() -> None:
         "a sample of 'decode' took 1 ms, 2.00 times faster than its physical floor of 2 ms "
         "on this device: the stated work did not happen"
     )
+
+
+def test_answers_from_memory_void_the_samples_and_slow_new_inputs_do_not() -> None:
+    assert remembered_reason([100.0] * 5, 5e6) is not None
+    assert remembered_reason([1e6] * 5, 5e6) is None  # slower, but not as a memory is
+    assert remembered_reason([100.0] * 5, 5e3) is None  # too short to say

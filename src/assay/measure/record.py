@@ -46,7 +46,7 @@ class Status(enum.StrEnum):
     GATE_FAILED = "gate_failed"  # the arm does not do the same work
     PROOF_FAILED = "proof_failed"  # the claimed feature did not run
     IMPLAUSIBLE = "implausible"  # a sample beat its physical floor
-    INVALID = "invalid"  # recompiled inside the timed region, or another fault of the measurement
+    INVALID = "invalid"  # compiled inside the timed region, or answered from memory
     UNAVAILABLE = "unavailable"  # this machine lacks what the arm needs
     OUT_OF_MEMORY = "out_of_memory"
     TIMEOUT = "timeout"

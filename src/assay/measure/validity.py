@@ -19,6 +19,7 @@ __all__ = [
     "Facts",
     "implausible_reason",
     "recompile_reason",
+    "remembered_reason",
     "warnings",
 ]
 
@@ -62,6 +63,24 @@ def recompile_reason(before: int, after: int) -> str | None:
     if after <= before:
         return None
     return f"{after - before} compilation(s) inside the timed region: the samples include compiling"
+
+
+REMEMBERED = 20.0  # cold caches and other inputs slow an honest step by far less
+REMEMBERED_NS = 20_000.0  # and a step this much slower in absolute terms is no artefact of the clock
+
+
+def remembered_reason(step_ns: Sequence[float], unseen_ns: float) -> str | None:
+    """Why the samples are void: the arm answered inputs that it had seen before from memory.
+
+    `unseen_ns` is the quickest of a few steps on inputs that no earlier call had.
+    """
+    typical = float(np.median(step_ns)) if len(step_ns) else unseen_ns
+    if unseen_ns < REMEMBERED * typical or unseen_ns - typical < REMEMBERED_NS:
+        return None
+    return (
+        f"a step took {_span(typical)} on inputs seen before and {_span(unseen_ns)} on new ones: "
+        "the samples time a memory of answers"
+    )
 
 
 def implausible_reason(

@@ -88,8 +88,7 @@ class ModuleLM:
         self._names = dict(state_map or {})
         self._check_state_map()
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
-        self._decoding: AnyDecoding | None = None
-        self._generated = Counters()  # by the decodings before the present one
+        self._decodings: list[AnyDecoding] = []
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +96,7 @@ class ModuleLM:
     def __exit__(self, *exc: object) -> None:
         """Free what is held beside the weights."""
         self.zero_grad()
-        self._decoding = None
+        self._decodings.clear()
         self._optimizers.clear()
 
     @functools.cached_property
@@ -129,10 +128,8 @@ class ModuleLM:
 
     def decoding(self, batch: int, max_length: int) -> AnyDecoding:
         """A generation of up to `max_length` tokens a row. Static ones are slow to make: keep them."""
-        if self._decoding is not None:
-            self._generated += self._decoding.counters
-        self._decoding = self._new_decoding(batch, max_length)
-        return self._decoding
+        self._decodings.append(self._new_decoding(batch, max_length))
+        return self._decodings[-1]
 
     def _new_decoding(self, batch: int, max_length: int) -> AnyDecoding:
         if self._static_cache:
@@ -201,8 +198,8 @@ class ModuleLM:
 
     def proof(self) -> dict[str, Scalar]:
         """Counters of compiling and of generation; see compiling.compile_proof and generation.Counters."""
-        now = self._decoding.counters if self._decoding is not None else Counters()
-        return {**compile_proof(), **vars(self._generated + now)}
+        generated = sum((d.counters for d in self._decodings), Counters())
+        return {**compile_proof(), **vars(generated)}
 
     def _new_step(self) -> None:
         """Tell torch's own CUDA graphs that the last step's outputs may be overwritten."""
