@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -38,12 +39,12 @@ def run(where: str, workloads: Sequence[str], launches: int) -> int:
     print(f"device      {device_line(where)}")
     for line in missing(where):
         print(line)
+    busy = busy_line()
     print("measuring ceilings on random data ...", flush=True)
     ceilings = device.measure_ceilings(where)
-    path = device.save_ceilings(ceilings)
     for name, rate in ceilings.flat().items():
         print(f"  {name.removesuffix('_per_s'):28} {rate / 1e9:12,.1f} G/s")
-    print(f"kept in {path}")
+    print(busy or f"kept in {device.save_ceilings(ceilings)}")
     stored = device.load_calibration(ceilings.key, StoredScatter)
     if workloads:
         stored = calibrate(where, workloads, launches, stored)
@@ -59,6 +60,20 @@ def run(where: str, workloads: Sequence[str], launches: int) -> int:
             f"{scatter.block_scatter:.2%} between blocks ({scatter.launches} launches{seen})"
         )
     return 0
+
+
+BUSY_LOAD = 0.5  # runnable processes per core, over the last minute, before we add our own
+
+
+def busy_line() -> str:
+    """Why ceilings of this moment would be too low to keep; empty on a quiet machine."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= BUSY_LOAD * cores:
+        return ""
+    return (
+        f"not kept: the machine is busy, load {load:.1f} on {cores} cores; ceilings that are too low would "
+        "call honest runs implausible; run assay doctor again when it is quiet"
+    )
 
 
 def device_line(where: str) -> str:

@@ -209,3 +209,15 @@ def test_gpu_ceilings_are_measured_and_agree_with_the_driver_on_the_device(cache
     assert rates["host_to_device_bytes_per_s"] < rates["copy_bytes_per_s"]
     save_ceilings(measured)
     assert load_ceilings("cuda") == measured
+
+
+def test_a_busy_moment_never_lowers_a_kept_ceiling(cache: Path) -> None:
+    slow = msgspec.structs.replace(
+        CEILINGS,
+        copy_bytes_per_s=CEILINGS.copy_bytes_per_s / 7,
+        matmul_flops_per_s={name: rate / 7 for name, rate in CEILINGS.matmul_flops_per_s.items()},
+    )
+    for one in (CEILINGS, slow):
+        save_ceilings(one)
+    kept = msgspec.json.decode(save_ceilings(slow).read_bytes(), type=Ceilings)
+    assert kept.flat() == CEILINGS.flat()

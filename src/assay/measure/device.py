@@ -346,8 +346,27 @@ def _fetched_share(work: Work, ceilings: Ceilings) -> float:
 
 
 def save_ceilings(ceilings: Ceilings) -> Path:
-    """Keep measured ceilings for later runs on the same device; return the file."""
-    return _save("ceilings", ceilings.key, ceilings)
+    """Keep measured ceilings for later runs on the same device; return the file.
+
+    A measured rate is a lower bound of the true ceiling, so of an earlier one and this the higher is kept: a
+    busy moment never lowers what the device was once seen to reach.
+    """
+    earlier = _load("ceilings", ceilings.key, Ceilings)
+    return _save("ceilings", ceilings.key, _higher(earlier, ceilings) if earlier else ceilings)
+
+
+def _higher(earlier: Ceilings, new: Ceilings) -> Ceilings:
+    """The new ceilings with every rate that was higher before."""
+    rates: dict[str, object] = {
+        name: max(filter(None, (getattr(earlier, name), getattr(new, name))), default=None)
+        for name in new.__struct_fields__
+        if name.endswith("_bytes_per_s")
+    }
+    matmul = {
+        dtype: max(rate, earlier.matmul_flops_per_s.get(dtype, 0.0))
+        for dtype, rate in new.matmul_flops_per_s.items()
+    }
+    return msgspec.structs.replace(new, **rates, matmul_flops_per_s=matmul)
 
 
 def load_ceilings(device: str) -> Ceilings | None:

@@ -98,7 +98,8 @@ def implausible_reason(
     fastest, floor = min(samples_ns[phase]), floors_ns[phase]
     return (
         f"a sample of '{phase}' took {_span(fastest)}, {times_over:.2f} times faster than its physical "
-        f"floor of {_span(floor)} on this device: the stated work did not happen"
+        f"floor of {_span(floor)} on this device: the stated work did not happen, or `assay doctor` measured "
+        "the ceilings too low"
     )
 
 
