@@ -23,8 +23,8 @@ from assay.plan import make_plan
 TEN, ELEVEN = "benchmarks/extra_work.py:ten", "benchmarks/extra_work.py:eleven"
 
 
-def verdict(arms: list[str], seed: int, device: str, shape: str) -> Comparison:
-    """One short comparison: 5 launches, 12 blocks each."""
+def verdict(arms: list[str], seed: int, device: str, shape: str, blocks: int) -> Comparison:
+    """One short comparison: `blocks` over 5 launches."""
     config = RunConfig(
         arms=arms,
         workload=["infer"],
@@ -32,18 +32,20 @@ def verdict(arms: list[str], seed: int, device: str, shape: str) -> Comparison:
         device=device,
         seed=seed,
         warmup_steps=8,
-        benchmark_steps=60,
+        benchmark_steps=blocks,
     )
     records = session.run(make_plan(config), None, NullObserver()).records
     return show.judged(records, config)[0]
 
 
-def series(title: str, arms: list[str], count: int, device: str, shape: str) -> list[Verdict | None]:
+def series(
+    title: str, arms: list[str], count: int, device: str, shape: str, blocks: int
+) -> list[Verdict | None]:
     """`count` verdicts, one line each."""
     found = []
     for seed in range(count):
         begin = time.monotonic()
-        comparison = verdict(arms, seed, device, shape)
+        comparison = verdict(arms, seed, device, shape, blocks)
         i = comparison.interval
         shown = f"{i.ratio:.3f} [{i.low:.3f}, {i.high:.3f}]" if i else comparison.reason
         print(
@@ -64,13 +66,13 @@ def main() -> int:
     a = parser.parse_args()
     good = True
     if a.same:
-        same = series("same  ", ["eager", "eager"], a.same, a.device, a.shape)
+        same = series("same  ", ["eager", "eager"], a.same, a.device, a.shape, 60)
         alarms = sum(v in (Verdict.FASTER, Verdict.SLOWER) for v in same)
         low, high = binomial_interval(alarms, len(same))
         print(f"false alarms: {alarms} of {len(same)}, 95% interval {low:.1%} to {high:.1%}")
         good &= low <= 0.05
     if a.slower:
-        slower = series("slower", [TEN, ELEVEN], a.slower, a.device, a.shape)
+        slower = series("slower", [TEN, ELEVEN], a.slower, a.device, a.shape, 150)
         seen = slower.count(Verdict.SLOWER)
         print(f"10% extra work called slower: {seen} of {len(slower)}")
         good &= seen >= 0.9 * len(slower)
