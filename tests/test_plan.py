@@ -69,7 +69,7 @@ def test_own_options_stand_before_the_runs_flags_and_those_before_defaults() -> 
     ]
 
 
-def test_builders_file_means_the_same_from_any_folder(
+def test_builders_file_is_looked_for_in_the_arms_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "inner").mkdir()
@@ -77,10 +77,9 @@ def test_builders_file_means_the_same_from_any_folder(
     (tmp_path / "inner" / "mine.py").write_text("")
     monkeypatch.chdir(tmp_path)
     made = plan(["mine.py:build", "mine.py:build[cwd=inner]"])
-    assert [a.target for a in made.arms] == [
-        f"{tmp_path}/mine.py:build",
-        f"{tmp_path}/inner/mine.py:build",
-    ]
+    assert [a.target for a in made.arms] == ["mine.py:build"] * 2, "as typed: no folder of the machine's"
+    with pytest.raises(UsageError, match=r"no file 'inner/mine\.py'"):
+        plan(["mine.py:build", "inner/mine.py:build[cwd=inner]"])
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def _arms(config: RunConfig) -> list[Arm]:
         if target.endswith(".py"):
             raise UsageError(f"arm '{target}' names no builder", expected=f"{target}:NAME")
         if plugins.is_target(target):
-            target = _absolute(target, arm.cwd)
+            _check_target(target, arm.cwd)
         options = dict(arm.options)
         if not plugins.is_target(target):
             options = resolve_options(plugins.find("variants", target), arm, config)
@@ -135,19 +135,19 @@ def _arms(config: RunConfig) -> list[Arm]:
     return arms
 
 
-def _absolute(target: str, cwd: str | None) -> str:
-    """A file's path means the same wherever the worker runs; under `cwd=` it is meant from there."""
+def _check_target(target: str, cwd: str | None) -> None:
+    """A builder's file must exist where the worker will look: in its folder, `cwd=` or ours.
+
+    The path stays as it was typed, so that records say nothing of the machine's folders.
+    """
     place, _, attribute = target.rpartition(":")
     if not place or not attribute:
         raise UsageError(
             f"arm '{target}' names no builder", expected="pkg.module:build or path/to/file.py:build"
         )
-    if not place.endswith(".py"):
-        return target
-    path = (Path(cwd or ".") / Path(place).expanduser()).resolve()
-    if not path.is_file():
-        raise UsageError(f"no file '{place}'", expected="path/to/file.py:build", got=str(path))
-    return f"{path}:{attribute}"
+    path = Path(cwd or ".") / Path(place).expanduser()
+    if place.endswith(".py") and not path.is_file():
+        raise UsageError(f"no file '{place}'", expected="path/to/file.py:build", got=str(path.resolve()))
 
 
 def resolve_options(variant: Variant, arm: Arm, config: RunConfig | None = None) -> dict[str, Scalar]:
