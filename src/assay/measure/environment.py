@@ -264,14 +264,14 @@ class Nvml:
     """One GPU as the driver sees it. What the driver does not know or does not tell is None."""
 
     def __init__(self, library: Any, handle: Any) -> None:
-        self.library, self._handle = library, handle
+        self.bindings, self._handle = library, handle
 
     def ask(self, function: str, *arguments: object) -> Any:
         """Call an NVML function on this GPU."""
-        call = getattr(self.library, function, None)  # older bindings lack some
+        call = getattr(self.bindings, function, None)  # older bindings lack some
         try:
             return call and call(self._handle, *arguments)
-        except self.library.NVMLError:
+        except self.bindings.NVMLError:
             return None
 
 
