@@ -63,10 +63,19 @@ def test_file_whose_name_holds_the_numbers_sign_is_told_apart_too(tmp_path: Path
 
 def test_own_options_stand_before_the_runs_flags_and_those_before_defaults() -> None:
     made = plan(["fused", "fused[compile=true]"], compile=False, compile_mode="max-autotune")
-    assert [a.options for a in made.arms] == [
-        {"compile": False, "compile_mode": "max-autotune"},
-        {"compile": True, "compile_mode": "max-autotune"},
+    assert [(a.options["compile"], a.options["compile_mode"]) for a in made.arms] == [
+        (False, "max-autotune"),
+        (True, "max-autotune"),
     ]
+
+
+def test_compiling_by_default_gives_it_to_no_arm_that_has_none() -> None:
+    assert [a.options["compile"] for a in plan(["eager", "compile"]).arms] == [False, True]
+
+
+def test_ingredients_that_do_not_go_together_are_refused_before_any_process() -> None:
+    with pytest.raises(UsageError, match="cuda_graph=true needs a CUDA device"):
+        plan(["eager", "compile[cuda_graph=true]"])
 
 
 def test_builders_file_is_looked_for_in_the_arms_own_folder(
@@ -85,14 +94,15 @@ def test_builders_file_is_looked_for_in_the_arms_own_folder(
 @pytest.mark.parametrize(
     ("arm", "said"),
     [
-        ("egaer", "unknown variant 'egaer'; expected one of compile, eager, fused, hf, sdpa; did you mean"),
+        ("egaer", "unknown variant 'egaer'; expected one of compile, cudnn, eager, flash, fused, hf"),
         (
             "fused[compil=false]",
-            "has no option 'compil'; expected one of compile, compile_mode; did you mean",
+            "has no option 'compil'; expected one of compile_mode, attention, norm",
         ),
         ("fused[compile=maybe]", "option 'compile' of arm 'fused[compile=maybe]' cannot be maybe"),
         ("fused[compile_mode=defualt]", "did you mean 'default'?"),
-        ("eager[x=1]", "has no option 'x'; expected no options"),
+        ("hf[x=1]", "has no option 'x'; expected one of attn_implementation"),
+        ("eager[norm=ligre]", "did you mean 'liger'?"),
         ("gone.py:build", "no file 'gone.py'"),
         ("mine.py", "arm 'mine.py' names no builder; expected mine.py:NAME"),
         ("mine.py:", "arm 'mine.py:' names no builder"),

@@ -147,7 +147,8 @@ class Variant:
     oracle: Callable[[Case], System] | None = None
     opaque: bool = False
     workloads: tuple[str, ...] = ()  # empty: any
-    check: Callable[[Case], None] | None = None  # raises UsageError before any process starts; no torch
+    # raises UsageError before any process starts, for options that no machine could build; no torch
+    check: Callable[[Case, Options], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,9 +169,9 @@ def resolve_options(variant: Variant, arm: Arm, config: RunConfig | None = None)
                 expected=f"one of {', '.join(map(str, known.choices))}",
                 remedy=nearest(str(value), map(str, known.choices)),
             )
-    flags: dict[str, Scalar] = (
-        {"compile": config.compile, "compile_mode": config.compile_mode} if config is not None else {}
-    )
+    flags: dict[str, Scalar] = {}
+    if config is not None:  # the flag takes compiling away; it gives none to an arm that has none
+        flags = {"compile_mode": config.compile_mode} | ({} if config.compile else {"compile": False})
     return {name: arm.options.get(name, flags.get(name, o.default)) for name, o in variant.options.items()}
 
 
@@ -186,4 +186,4 @@ def _check_arm(arm: Arm, case: Case) -> None:
             expected=f"one of {', '.join(variant.workloads)}",
         )
     if variant.check is not None:
-        variant.check(case)
+        variant.check(case, arm.options)

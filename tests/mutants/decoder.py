@@ -67,7 +67,7 @@ def stale_cache(case: Case) -> nn.Module:
 
 
 def _build(case: Case, kind: type[Decoder] = Decoder, attend: Attend = attend_eager) -> Decoder:
-    model = kind(resolve(str(case.params["shape"])).config, attend)
+    model = kind(resolve(str(case.params["shape"])).config, attend=attend)
     initialise(model, torch.Generator().manual_seed(case.seed))
     return model
 

@@ -112,16 +112,16 @@ def test_unknown_compile_mode_is_refused() -> None:
 
 def test_lengths_are_checked_before_anything_is_built() -> None:
     too_long = Case(workload="infer", params={"shape": "tiny", "seq_length": 200})
-    for name in ("eager", "sdpa", "compile", "fused", "hf"):
+    for name in names("variants"):
         with pytest.raises(UsageError, match="beyond the positions"):
-            find("variants", name).check(too_long)
+            find("variants", name).check(too_long, {})
 
 
 def test_listing_and_checking_variants_does_not_import_torch() -> None:
     code = (
         "import sys; from assay.plugins import find, names; from assay.contracts import Case\n"
         "case = Case(workload='infer', params={'shape': 'seed', 'seq_length': 8})\n"
-        "[find('variants', n).check(case) for n in names('variants')]\n"
+        "[find('variants', n).check(case, {}) for n in names('variants')]\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,6 +11,7 @@ from assay.errors import UsageError
 from assay.systems.decoder.adapter import ModuleLM, build_module
 from assay.systems.decoder.build import build_decoder, build_reference
 from assay.systems.decoder.model import next_token_loss
+from assay.systems.decoder.parts import Parts
 from assay.systems.decoder.state import named_state
 from tests.systems.decoder.helpers import CONFIGS, TINY, error, new, token_ids
 
@@ -164,7 +165,7 @@ def test_state_map_renames_everywhere() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_optimizer_steps_leave_the_weights_alone(name: str) -> None:
-    system = build_decoder("tiny", name="x", dtype="fp32", device="cpu", seed=0, attend="sdpa")
+    system = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
     before = {n: t.clone() for n, t in system.state().items()}
     for _ in range(2):
         system.loss(token_ids(2, 8)).backward()  # type: ignore[no-untyped-call]  # unannotated in torch
@@ -230,7 +231,7 @@ def test_modules_that_are_called_otherwise_or_answer_otherwise_are_refused() -> 
 
 
 def test_layers_are_named_and_hooks_fire_in_model_and_oracle_alike() -> None:
-    system = build_decoder("tiny", name="x", dtype="fp64", device="cpu", seed=0, attend="sdpa")
+    system = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp64", device="cpu", seed=0)
     oracle = build_reference("tiny", dtype="fp64", device="cpu", seed=0)
     seen: list[dict[str, Tensor]] = []
     for each in (system, oracle):

@@ -9,6 +9,7 @@ from assay.systems.decoder.build import build_decoder, build_hf, build_reference
 from assay.systems.decoder.calls import cache_tensors
 from assay.systems.decoder.generation import Counters, StaticDecoding, generate
 from assay.systems.decoder.hf import hf_module
+from assay.systems.decoder.parts import Parts
 from assay.systems.decoder.precision import precision
 from assay.systems.decoder.state import load_strict, named_state, tied_names
 from tests.systems.decoder.helpers import CONFIGS, TINY, error, new, token_ids
@@ -34,10 +35,8 @@ def _build(kind: str, dtype: str) -> LanguageModel:
         return build_reference("tiny", dtype=dtype, device="cpu", seed=0)
     if kind == "stock":
         return build_hf("tiny", name=kind, dtype=dtype, device="cpu", seed=0, attend="sdpa")
-    attend, static = ("sdpa", True) if kind == "static" else ("eager", False)
-    return build_decoder(
-        "tiny", name=kind, dtype=dtype, device="cpu", seed=0, attend=attend, static_cache=static
-    )
+    parts = Parts(attention="sdpa", cache="static") if kind == "static" else Parts()
+    return build_decoder("tiny", parts, name=kind, dtype=dtype, device="cpu", seed=0)
 
 
 @pytest.mark.parametrize("kind", ["plain", "static", "stock", "reference"])
@@ -57,9 +56,8 @@ def test_decoding_follows_the_reference_and_starts_over(kind: str, dtype: str) -
 
 
 def test_counters_say_what_ran() -> None:
-    system = build_decoder(
-        "tiny", name="x", dtype="bf16", device="cpu", seed=0, attend="sdpa", static_cache=True
-    )
+    parts = Parts(attention="sdpa", cache="static")
+    system = build_decoder("tiny", parts, name="x", dtype="bf16", device="cpu", seed=0)
     for _ in range(2):  # counters sum over decodings
         decoding = system.decoding(1, 16)
         _, token_B1 = decoding.prefill(token_ids(1, 10))

@@ -12,6 +12,7 @@ from assay.errors import UsageError
 from assay.systems.decoder.build import build_decoder, build_hf, new_decoder
 from assay.systems.decoder.hf import hf_module
 from assay.systems.decoder.loading import weight_files
+from assay.systems.decoder.parts import Parts
 from assay.systems.decoder.shapes import resolve
 from assay.systems.decoder.state import load_strict, named_state, tied_names
 from tests.systems.decoder.helpers import CONFIGS, error, new, token_ids
@@ -41,7 +42,7 @@ def test_real_weights_of_a_folder_come_back(folder: tuple[str, Path]) -> None:
 
 
 def test_random_weights_where_there_are_none() -> None:
-    system = build_decoder("tiny", name="x", dtype="fp32", device="cpu", seed=0, attend="sdpa")
+    system = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
     assert system.describe()["weights"] == "random"
     assert system.describe()["parameters"] == 80_192
     assert weight_files(resolve("tiny")) == []

@@ -16,10 +16,10 @@ from assay.systems.decoder import cost
 from assay.systems.decoder.calls import Calls
 from assay.systems.decoder.compiling import compile_proof, require_compiler
 from assay.systems.decoder.generation import Counters, PlainDecoding, RecomputeDecoding, StaticDecoding
-from assay.systems.decoder.model import Decoder
+from assay.systems.decoder.model import Decoder, MergedLinear
 from assay.systems.decoder.precision import cast, precision
 from assay.systems.decoder.shapes import DecoderConfig
-from assay.systems.decoder.state import load_strict, named_state, tied_names
+from assay.systems.decoder.state import load_strict, named_gradients, named_state, tied_names
 
 __all__ = ["OPTIMIZERS", "ModuleLM", "build_module"]
 
@@ -59,8 +59,9 @@ class ModuleLM:
     """A module at a precision on a device, as `train`, `infer` and `generate` need it.
 
     Runs in eval mode throughout: dropout would make two arms incomparable. `config` gives the costs of a
-    known decoder; `compile_mode` compiles every call; `static_cache` decodes a Decoder over a preallocated
-    cache. `state_map` renames own names to the baseline's, everywhere that names appear.
+    known decoder; `compile_mode` compiles every call; `cuda_graph` replays them, or keeps torch.compile from
+    it; `static_cache` decodes a Decoder over a preallocated cache. `state_map` renames own names to the
+    baseline's, everywhere that names appear.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ModuleLM:
         config: DecoderConfig | None = None,
         vocab_size: int | None = None,
         compile_mode: str | None = None,
+        cuda_graph: bool | None = None,
         static_cache: bool = False,
         state_map: Mapping[str, str] | None = None,
     ) -> None:
@@ -81,10 +83,10 @@ class ModuleLM:
         self.module = cast(module, self._at.weights, device).eval()
         self._name, self._dtype, self._device, self._weights = name, dtype, device, weights
         self._config, self._vocab_size = config, vocab_size
-        self._compile_mode, self._static_cache = compile_mode, static_cache
+        self._compile_mode, self._cuda_graph, self._static_cache = compile_mode, cuda_graph, static_cache
         if compile_mode is not None:
             require_compiler(device)
-        self._calls = Calls(self.module, name, compile_mode)
+        self._calls = Calls(self.module, name, compile_mode, cuda_graph)
         self._names = dict(state_map or {})
         self._check_state_map()
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -134,8 +136,14 @@ class ModuleLM:
     def _new_decoding(self, batch: int, max_length: int) -> AnyDecoding:
         if self._static_cache:
             assert isinstance(self.module, Decoder), "only our own decoder knows the static cache"
-            mode = self._compile_mode
-            return StaticDecoding(self.module, batch, max_length, at=self._at, compile_mode=mode)
+            return StaticDecoding(
+                self.module,
+                batch,
+                max_length,
+                at=self._at,
+                compile_mode=self._compile_mode,
+                cuda_graph=self._cuda_graph is not False,
+            )
         with torch.no_grad(), self._at.context(self._device):
             generates = self._calls.generates(self._probe_ids())
         if generates:
@@ -153,7 +161,7 @@ class ModuleLM:
 
     def gradients(self) -> dict[str, Tensor | None]:
         """Canonical name -> gradient of every parameter, None where it got none."""
-        return {self._canonical(name): p.grad for name, p in self.module.named_parameters()}
+        return {self._canonical(name): grad for name, grad in named_gradients(self.module).items()}
 
     def zero_grad(self) -> None:
         self.module.zero_grad(set_to_none=True)
@@ -199,7 +207,8 @@ class ModuleLM:
     def proof(self) -> dict[str, Scalar]:
         """Counters of compiling and of generation; see compiling.compile_proof and generation.Counters."""
         generated = sum((d.counters for d in self._decodings), Counters())
-        return {**compile_proof(), **vars(generated)}
+        merged = sum(isinstance(m, MergedLinear) for m in self.module.modules())
+        return {**compile_proof(), **vars(generated), "merged_projections": merged}
 
     def _new_step(self) -> None:
         """Tell torch's own CUDA graphs that the last step's outputs may be overwritten."""

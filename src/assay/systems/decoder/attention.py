@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.errors import UsageError, nearest
 from assay.systems.decoder.precision import at_least_float32
 
-__all__ = ["ATTENTION", "Attend", "attend_eager", "attend_sdpa", "attention"]
+__all__ = ["ATTENTION", "Attend", "attend_cudnn", "attend_eager", "attend_flash", "attend_sdpa", "attention"]
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -60,7 +61,39 @@ def attend_sdpa(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_TS: Tensor 
     )
 
 
-ATTENTION: Mapping[str, Attend] = {"eager": attend_eager, "sdpa": attend_sdpa}
+def attend_flash(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_TS: Tensor | None) -> Tensor:
+    """torch's SDPA held to its flash kernel; see `_held` for where there is none."""
+    return _held(SDPBackend.FLASH_ATTENTION, q_BNTD, k_BKSD, v_BKSD, mask_TS)
+
+
+def attend_cudnn(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_TS: Tensor | None) -> Tensor:
+    """torch's SDPA held to cuDNN's kernel; see `_held` for where there is none."""
+    return _held(SDPBackend.CUDNN_ATTENTION, q_BNTD, k_BKSD, v_BKSD, mask_TS)
+
+
+def _held(
+    backend: SDPBackend, q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_TS: Tensor | None
+) -> Tensor:
+    """Causal attention of a whole sequence through one backend, which raises where it cannot.
+
+    Both kernels are CUDA's, for 16-bit values, and for one query a head or a mask there is nothing causal to
+    gain: those calls, and the gate's float32 tier, go where torch's own choice leads.
+    """
+    special = mask_TS is not None or q_BNTD.shape[2] == 1
+    if special or q_BNTD.dtype.itemsize > 2 or not q_BNTD.is_cuda:
+        return attend_sdpa(q_BNTD, k_BKSD, v_BKSD, mask_TS)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(
+            q_BNTD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=k_BKSD.shape[1] != q_BNTD.shape[1]
+        )
+
+
+ATTENTION: Mapping[str, Attend] = {
+    "eager": attend_eager,
+    "sdpa": attend_sdpa,
+    "flash": attend_flash,
+    "cudnn": attend_cudnn,
+}
 
 
 def attention(name: str) -> Attend:

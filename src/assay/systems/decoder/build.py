@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
+from assay.errors import Unavailable
 from assay.systems.decoder.adapter import ModuleLM
 from assay.systems.decoder.hf import hf_module
 from assay.systems.decoder.loading import load_weights
 from assay.systems.decoder.model import Decoder, initialise
+from assay.systems.decoder.parts import Parts
 from assay.systems.decoder.reference import ReferenceLM
 from assay.systems.decoder.shapes import Shape, resolve
 from assay.systems.decoder.state import load_strict, named_state, tied_names
@@ -15,10 +19,10 @@ from assay.systems.decoder.state import load_strict, named_state, tied_names
 __all__ = ["build_decoder", "build_hf", "build_reference", "new_decoder"]
 
 
-def new_decoder(shape: Shape, *, seed: int, device: str, attend: str = "sdpa") -> tuple[Decoder, str]:
+def new_decoder(shape: Shape, *, seed: int, device: str, parts: Parts | str = "sdpa") -> tuple[Decoder, str]:
     """A float32 Decoder with the shape's real weights, else random ones; returns it and which they are."""
     with torch.device(device):
-        model = Decoder(shape.config, attend)
+        model = Decoder(shape.config, parts)
     if load_weights(model, shape) == "real":
         return model, "real"
     initialise(model, torch.Generator(device).manual_seed(seed))
@@ -26,19 +30,17 @@ def new_decoder(shape: Shape, *, seed: int, device: str, attend: str = "sdpa") -
 
 
 def build_decoder(
-    shape: str,
-    *,
-    name: str,
-    dtype: str,
-    device: str,
-    seed: int,
-    attend: str,
-    compile_mode: str | None = None,
-    static_cache: bool = False,
+    shape: str, parts: Parts, *, name: str, dtype: str, device: str, seed: int, cuda_graph: bool | None = None
 ) -> ModuleLM:
-    """Our decoder of a shape as a language model."""
+    """Our decoder of a shape and a recipe as a language model.
+
+    `cuda_graph` is the recipe's, unless it is left to the compile mode. Raises Unavailable where the recipe
+    needs Liger's kernels and they cannot run.
+    """
+    if parts.needs_liger:
+        require_liger(device)
     resolved = resolve(shape)
-    model, weights = new_decoder(resolved, seed=seed, device=device, attend=attend)
+    model, weights = new_decoder(resolved, seed=seed, device=device, parts=parts)
     return ModuleLM(
         model,
         name=name,
@@ -46,15 +48,28 @@ def build_decoder(
         device=device,
         weights=weights,
         config=resolved.config,
-        compile_mode=compile_mode,
-        static_cache=static_cache,
+        compile_mode=parts.compile_mode if parts.compile else None,
+        cuda_graph=cuda_graph,
+        static_cache=parts.cache == "static",
     )
 
 
-def build_hf(shape: str, *, name: str, dtype: str, device: str, seed: int, attend: str) -> ModuleLM:
+def require_liger(device: str) -> None:
+    """Raise Unavailable where Liger's kernels cannot run: no CUDA, or not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise Unavailable("Liger's kernels need liger-kernel", "pip install 'assay[liger]'")
+    if not device.startswith("cuda"):
+        raise Unavailable("Liger's kernels need a CUDA device", "use --device cuda on a machine that has one")
+
+
+def build_hf(
+    shape: str, *, name: str, dtype: str, device: str, seed: int, attend: str, liger: bool = False
+) -> ModuleLM:
     """The stock transformers model of a shape, with the weights that our decoder would have."""
+    if liger:
+        require_liger(device)
     resolved = resolve(shape)
-    module = hf_module(resolved.config, attend)
+    module = hf_module(resolved.config, attend, liger=liger)
     model, weights = new_decoder(resolved, seed=seed, device=device)
     module.to(device)
     load_strict(named_state(module), named_state(model), to=f"'{name}'", tied=tied_names(module))

@@ -65,6 +65,10 @@ class StaticCache:
     The whole prompt goes in at once into an empty cache (then attention sees the fresh keys alone); after
     it, one token at a time goes to the slot that `position`, a device tensor (1,), names, and slots beyond
     it are masked. The host knows nothing of the position: who owns the cache counts against `size`.
+
+    Prompts of different lengths are padded on the left: row b begins at slot `starts_B[b]`, and no slot
+    before it is ever seen. Rotary positions count slots, which turns queries and keys of a row by the same
+    surplus: their products do not change.
     """
 
     def __init__(
@@ -76,25 +80,56 @@ class StaticCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.starts_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.padded = False
         self._slots_S = torch.arange(size, device=device)
 
-    def reset(self) -> None:
+    def reset(self, starts_B: Tensor | None = None) -> None:
         """Start over; what is in the slots is masked until it is overwritten."""
         self.position.zero_()
+        self.padded = starts_B is not None
+        if starts_B is None:
+            self.starts_B.zero_()
+        else:
+            self.starts_B.copy_(starts_B)
+
+    def has_kernel(self, q_BNTD: Tensor) -> bool:
+        """Whether `attend` can take the place of masked attention: on CUDA, up to float32, no gradients."""
+        return q_BNTD.is_cuda and q_BNTD.dtype == self.keys[0].dtype and q_BNTD.dtype != torch.float64
+
+    def attend(self, layer: int, q_BNTD: Tensor) -> Tensor:
+        """Attention of the newest token over the slots that it may see, (B, N, 1, D)."""
+        from assay.systems.decoder.kernels import decode_attention
+
+        out_BNTD: Tensor = decode_attention(
+            q_BNTD, self.keys[layer], self.values[layer], self.position, self.starts_B
+        )
+        return out_BNTD
 
     def positions(self, count: int, device: torch.device) -> Tensor:
         return torch.arange(count, device=device) if count > 1 else self.position
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write a prompt or one token; return the keys, values and mask (1, S) that attention needs."""
+        """Write a prompt or one token; return the keys, values and mask that attention needs.
+
+        The mask is (B, 1, 1, S) for a token, (B, 1, T, T) for padded prompts, None for whole ones. A slot
+        of padding sees itself, so that its softmax has something to sum; nobody sees it.
+        """
         keys, values, T = self.keys[layer], self.values[layer], k_BKTD.shape[2]
+        slots_S, starts_B1 = self._slots_S, self.starts_B[:, None]
         if T > 1:
             keys[:, :, :T].copy_(k_BKTD)
             values[:, :, :T].copy_(v_BKTD)
-            return k_BKTD, v_BKTD, None
+            if not self.padded:
+                return k_BKTD, v_BKTD, None
+            row_T1, column_1T = slots_S[:T, None], slots_S[None, :T]
+            real_B1T = (column_1T >= starts_B1)[:, None]
+            mask_BTT = (column_1T <= row_T1) & (real_B1T | (column_1T == row_T1))
+            return k_BKTD, v_BKTD, mask_BTT[:, None]
         keys.index_copy_(2, self.position, k_BKTD.to(keys.dtype))
         values.index_copy_(2, self.position, v_BKTD.to(values.dtype))
-        return keys, values, (self._slots_S <= self.position)[None, :]
+        seen_BS = (slots_S <= self.position) & (slots_S >= starts_B1)
+        return keys, values, seen_BS[:, None, None]
 
     def advance(self, count: int) -> None:
         self.position.add_(count)

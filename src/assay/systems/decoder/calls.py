@@ -22,10 +22,17 @@ __all__ = ["Calls", "cache_tensors"]
 class Calls:
     """The calls of a module, each compiled apart where `compile_mode` names a mode.
 
-    `name` is for messages. Raises UsageError where forward does not take `input_ids`.
+    `cuda_graphs` overrides what the mode says of them. `name` is for messages. Raises UsageError where
+    forward does not take `input_ids`.
     """
 
-    def __init__(self, module: nn.Module, name: str, compile_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        compile_mode: str | None = None,
+        cuda_graphs: bool | None = None,
+    ) -> None:
         self._module, self._name = module, name
         inner = getattr(module, "_orig_mod", module)  # a module that its builder compiled hides its signature
         parameters = inspect.signature(inner.forward).parameters
@@ -45,9 +52,9 @@ class Calls:
             self._cached["logits_to_keep"] = 1
         self.logits, self.loss, self.start, self.step = self._logits, self._loss, self._start, self._step
         if compile_mode is not None:
-            self.logits = compile_call(self._logits, compile_mode)
-            self.loss = compile_call(self._loss, compile_mode)
-            self.start = compile_call(self._start, compile_mode)
+            self.logits = compile_call(self._logits, compile_mode, cuda_graphs=cuda_graphs)
+            self.loss = compile_call(self._loss, compile_mode, cuda_graphs=cuda_graphs)
+            self.start = compile_call(self._start, compile_mode, cuda_graphs=cuda_graphs)
             self.step = compile_call(self._step, compile_mode, growing=True)
 
     def generates(self, probe_BT: Tensor) -> bool:

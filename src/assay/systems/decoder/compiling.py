@@ -46,13 +46,20 @@ def require_compiler(device: str) -> None:
 
 
 def compile_call(
-    call: Callable[P, R], mode: str, *, growing: bool = False, cuda_graphs: bool = True
+    call: Callable[P, R],
+    mode: str,
+    *,
+    growing: bool = False,
+    cuda_graphs: bool | None = None,
+    one_token: bool = False,
 ) -> Callable[P, R]:
     """Compile a function of its own `def`: torch keeps compiled code, and its limits, by code object.
 
     A call of fixed shapes is specialised for each of them. A `growing` one (a key-value cache that gains a
-    token a call) takes symbolic shapes, and no CUDA graphs, which would be recorded anew for every length;
-    `cuda_graphs=False` leaves them to the caller. Raises UsageError for a mode not in MODES.
+    token a call) takes symbolic shapes, and no CUDA graphs, which would be recorded anew for every length.
+    `cuda_graphs` overrides the mode's own choice. `one_token` calls multiply vectors: under coordinate
+    descent Inductor writes such products as reductions that stream the weight, which a library's matrix
+    kernels do worse. Raises UsageError for a mode not in MODES.
     """
     if mode not in MODES:
         raise UsageError(
@@ -64,6 +71,11 @@ def compile_call(
 
     dynamo_config.recompile_limit = _SHAPES_A_CALL
     dynamo_config.fail_on_recompile_limit_hit = True
-    if growing or not cuda_graphs:
-        mode = "max-autotune-no-cudagraphs" if mode == "max-autotune" else "default"
-    return torch.compile(call, mode=mode, dynamic=growing)
+    from torch._inductor import list_mode_options
+
+    options = {**list_mode_options(mode)}
+    if growing or cuda_graphs is not None:
+        options["triton.cudagraphs"] = bool(cuda_graphs) and not growing
+    if one_token:
+        options["coordinate_descent_tuning"] = True
+    return torch.compile(call, options=options, dynamic=growing)

@@ -32,6 +32,7 @@ __all__ = [
 
 _WARM_UP_STEPS = 3  # before a capture: lets libraries choose their kernels and compiled code be made
 _SLOT_MULTIPLE = 64  # masks whose rows are aligned keep torch's fused kernels
+_CAPTURED_PROMPT = 2048  # tokens; the launches of a longer prompt hide behind its work
 
 Step = tuple[Tensor, Tensor]
 
@@ -122,9 +123,10 @@ class RecomputeDecoding:
 class StaticDecoding:
     """A preallocated cache whose position, next token and logits never leave the device.
 
-    On CUDA the step is captured once, here, and replayed for each token; elsewhere it is called. With
-    `compile_mode` both the prompt and the step are compiled. Building one is slow: keep it, and let
-    `prefill` start over. What it returns is overwritten by the next call.
+    On CUDA the step is captured once, here, and replayed for each token, and a short prompt is captured at
+    its second call; elsewhere, and without `cuda_graph`, they are called. With `compile_mode` both are
+    compiled. Building one is slow: keep it, and let `prefill` start over. What it returns is overwritten by
+    the next call.
     """
 
     def __init__(
@@ -135,41 +137,60 @@ class StaticDecoding:
         *,
         at: Precision,
         compile_mode: str | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         device = model.lm_head.weight.device
         slots = -(-max_length // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
         self._model, self._at, self._device = model, at, str(device)
         self._max_length, self._length, self._longest, self._steps = max_length, 0, 0, 0
+        self._replays = 0
         self._cache = StaticCache(model.config, batch, slots, dtype=at.compute, device=device)
         self._token_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._prompt: Callable[[Tensor], Step] = self._run_prompt
         self._step: Callable[[Tensor], Step] = self._run_step
         if compile_mode is not None:  # the graph that is captured here takes the place of torch's own
             self._prompt = compile_call(self._run_prompt, compile_mode, cuda_graphs=False)
-            self._step = compile_call(self._run_step, compile_mode, cuda_graphs=False)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: Step | None = None
-        if device.type == "cuda":
-            self._graph, self._captured = self._capture()
+            one_token = batch == 1 and device.type == "cuda"
+            self._step = compile_call(self._run_step, compile_mode, cuda_graphs=False, one_token=one_token)
+        self._captures = cuda_graph and device.type == "cuda"
+        self._graph: _Replay | None = None
+        self._prompts: dict[tuple[int, ...], _Replay | None] = {}  # by shape; None until the second call
+        if self._captures:
+            with torch.no_grad():
+                self._graph = self._capture(self._step, self._token_B1, self._cache.reset)
 
     @torch.no_grad()
-    def prefill(self, ids_BT: Tensor) -> Step:
-        self._cache.reset()
+    def prefill(self, ids_BT: Tensor, starts_B: Tensor | None = None) -> Step:
+        """Start over with a prompt. Row b of one padded on the left begins at `starts_B[b]` (int64, (B,))."""
+        self._cache.reset(starts_B)
         self._length = 0
         self._hold(ids_BT.shape[1])
-        with self._at.context(self._device):
-            return self._prompt(ids_BT)
+        shape = tuple(ids_BT.shape)
+        if not self._captures or starts_B is not None or ids_BT.numel() > _CAPTURED_PROMPT:
+            return self._call(self._prompt, ids_BT)
+        if shape not in self._prompts:
+            self._prompts[shape] = None
+            return self._call(self._prompt, ids_BT)
+        replay = self._prompts[shape]
+        if replay is None:
+            replay = self._prompts[shape] = self._capture(self._prompt, ids_BT.clone(), self._cache.reset)
+            self._cache.reset()
+        self._replays += 1
+        return replay(ids_BT)
 
     @torch.no_grad()
     def advance(self, token_B1: Tensor) -> Step:
+        """Go on by one token."""
         self._hold(1)
         self._steps += 1
-        if self._graph is None or self._captured is None:
-            with self._at.context(self._device):
-                return self._step(token_B1)
-        self._token_B1.copy_(token_B1)
-        self._graph.replay()
-        return self._captured
+        if self._graph is None:
+            return self._call(self._step, token_B1)
+        self._replays += 1
+        return self._graph(token_B1)
+
+    def _call(self, step: Callable[[Tensor], Step], ids_BT: Tensor) -> Step:
+        with self._at.context(self._device):
+            return step(ids_BT)
 
     @property
     def counters(self) -> Counters:
@@ -178,7 +199,7 @@ class StaticDecoding:
         return _cache_counters(tensors, self._cache.size, self._at.compute) + Counters(
             kv_tokens_cached=self._longest,
             static_cache_steps=self._steps,
-            cuda_graph_replays=self._steps if self._graph is not None else 0,
+            cuda_graph_replays=self._replays,
         )
 
     def _run_prompt(self, ids_BT: Tensor) -> Step:
@@ -198,20 +219,33 @@ class StaticDecoding:
             )
         self._longest = max(self._longest, self._length)
 
-    @torch.no_grad()
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Step]:
-        """Record one step as a CUDA graph, after warm-up on a side stream as capturing demands."""
+    def _capture(self, step: Callable[[Tensor], Step], ids_BT: Tensor, reset: Callable[[], None]) -> _Replay:
+        """Record a call as a CUDA graph, after warm-up on a side stream as capturing demands."""
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # unannotated in torch
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), self._at.context(self._device):
+        with torch.cuda.stream(side):
             for _ in range(_WARM_UP_STEPS):
-                self._cache.reset()
-                self._step(self._token_B1)
+                reset()
+                self._call(step, ids_BT)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), self._at.context(self._device):
-            captured = self._step(self._token_B1)
-        return graph, captured
+        with torch.cuda.graph(graph):
+            captured = self._call(step, ids_BT)
+        return _Replay(graph, ids_BT, captured)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A captured call: its input's place and its answer's."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    answer: Step
+
+    def __call__(self, ids_BT: Tensor) -> Step:
+        self.ids.copy_(ids_BT)
+        self.graph.replay()
+        return self.answer
 
 
 def generate(model: Decoder, ids_BT: Tensor, max_new_tokens: int, *, static: bool = True) -> Tensor:

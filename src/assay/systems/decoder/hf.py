@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -41,11 +42,12 @@ def hf_config(config: DecoderConfig) -> Any:
     )
 
 
-def hf_module(config: DecoderConfig, attend: str) -> nn.Module:
+def hf_module(config: DecoderConfig, attend: str, *, liger: bool = False) -> nn.Module:
     """A float32 LlamaForCausalLM or its like on the CPU with weights yet to be loaded.
 
-    `attend` is transformers' `attn_implementation`. Built on the CPU, so that its RoPE frequencies are
-    those of every other arm to the last bit. Raises Unavailable without transformers.
+    `attend` is transformers' `attn_implementation`; `liger` applies Liger's kernels, which changes
+    transformers for the whole process. Built on the CPU, so that its RoPE frequencies are those of every
+    other arm to the last bit. Raises Unavailable without transformers.
     """
     transformers = _transformers()
     from transformers.initialization import no_init_weights
@@ -55,8 +57,25 @@ def hf_module(config: DecoderConfig, attend: str) -> nn.Module:
     with no_init_weights():
         module = getattr(transformers, config.architecture)(stock)
     module.tie_weights()  # a part of the initialising that was left out
+    if liger:
+        _apply_liger(module, config.architecture)
     built: nn.Module = module
     return built
+
+
+def _apply_liger(module: nn.Module, architecture: str) -> None:
+    from liger_kernel.transformers import monkey_patch
+
+    kind = architecture.removesuffix("ForCausalLM").lower()
+    getattr(monkey_patch, f"apply_liger_kernel_to_{kind}")(model=module)
+    patched = module.forward
+
+    @functools.wraps(patched)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        """Liger leaves its fused loss out of eval mode, in which every arm runs, unless it is asked."""
+        return patched(*args, **kwargs, skip_logits=True if kwargs.get("labels") is not None else None)
+
+    module.forward = forward
 
 
 def _transformers() -> Any:

@@ -1,5 +1,7 @@
 """The decoder: pre-norm, RMSNorm, half-rotation RoPE, grouped-query attention, SwiGLU.
 
+What each part is computed by is a recipe, parts.Parts; the mathematics and the weights are the same for all.
+
 Parameters carry Hugging Face's Llama and Qwen3 names, so published weights load as they are. Every block
 returns the dtype it was given, under autocast too: nothing promotes the cache by accident.
 
@@ -9,6 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -16,18 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 
 from assay.systems.decoder.attention import Attend, attention
-from assay.systems.decoder.cache import Cache, GrowingCache
+from assay.systems.decoder.cache import Cache, GrowingCache, StaticCache
+from assay.systems.decoder.loss import chunked_loss, liger_loss
+from assay.systems.decoder.parts import Parts
 from assay.systems.decoder.precision import at_least_float32
 from assay.systems.decoder.rope import angles, frequencies
 from assay.systems.decoder.shapes import DecoderConfig
+from assay.systems.decoder.state import named_state
 
-__all__ = ["Decoder", "Output", "initialise", "next_token_loss"]
+__all__ = ["Decoder", "MergedLinear", "Output", "initialise", "next_token_loss"]
 
 
 class Output(NamedTuple):
-    """`logits` (B, T, V); `loss`, a scalar, where labels were given; the cache where one was used."""
+    """`logits` (B, T, V); `loss`, a scalar, where labels were given; the cache where one was used.
 
-    logits: Tensor
+    A fused loss never makes the logits: then they are None where labels were given.
+    """
+
+    logits: Tensor | None
     loss: Tensor | None
     past_key_values: Cache | None
 
@@ -35,12 +44,17 @@ class Output(NamedTuple):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in at least float32."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, kernel: str = "torch") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.kernel = eps, kernel
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel == "liger":
+            from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+            out: Tensor = LigerRMSNormFunction.apply(x, self.weight, self.eps)
+            return out
         wide = at_least_float32(x)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale * self.weight).to(x.dtype)
@@ -62,44 +76,101 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        turn_TD = angles(self.inv_freq, positions_T)
-        return turn_TD.cos(), turn_TD.sin()
+        cos_TD, sin_TD = turns(self.inv_freq, positions_T)
+        return cos_TD, sin_TD
+
+
+@torch.library.custom_op("assay::rotary_turns", mutates_args=())
+def turns(inv_freq_D: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions, (T, D) each.
+
+    Opaque to torch.compile, which would else compute them again for every element of every query and key.
+    """
+    turn_TD = angles(inv_freq_D, positions_T)
+    return turn_TD.cos(), turn_TD.sin()
+
+
+@turns.register_fake
+def _(inv_freq_D: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (positions_T.shape[0], 2 * inv_freq_D.shape[0])
+    return inv_freq_D.new_empty(shape), inv_freq_D.new_empty(shape)
 
 
 def rotate(x_BNTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Turn each head's pairs (i, i + D/2) by the angles of its position."""
     wide = at_least_float32(x_BNTD)
-    low, high = wide.chunk(2, dim=-1)
-    return (wide * cos_TD + torch.cat((-high, low), dim=-1) * sin_TD).to(x_BNTD.dtype)
+    half = x_BNTD.shape[-1] // 2
+    signed_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), dim=-1)
+    return (wide * cos_TD + wide.roll(half, -1) * signed_TD).to(x_BNTD.dtype)
+
+
+def rotate_both(
+    q_BNTD: Tensor, k_BKTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, kernel: str
+) -> Sequence[Tensor]:
+    """`rotate` queries and keys, by torch or by Liger's kernel."""
+    if kernel == "liger":
+        from liger_kernel.ops.rope import LigerRopeFunction
+
+        both: tuple[Tensor, Tensor] = LigerRopeFunction.apply(q_BNTD, k_BKTD, cos_TD[None], sin_TD[None])
+        return both
+    return rotate(q_BNTD, cos_TD, sin_TD), rotate(k_BKTD, cos_TD, sin_TD)
+
+
+class MergedLinear(nn.Linear):
+    """Several projections of one input as one product. Its weight is the stack of theirs, in order.
+
+    `pieces` are the names and widths that a checkpoint knows; state.named_state reads them as slices.
+    """
+
+    def __init__(self, width: int, pieces: dict[str, int], *, bias: bool) -> None:
+        super().__init__(width, sum(pieces.values()), bias=bias)
+        self.pieces = pieces
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """The output of each projection, as views."""
+        return torch.split(super().forward(x), list(self.pieces.values()), dim=-1)
 
 
 class Attention(nn.Module):
     """Grouped-query attention of one layer; `attend` is the plug."""
 
-    def __init__(self, config: DecoderConfig, layer: int, attend: Attend) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, attend: Attend, parts: Parts) -> None:
         super().__init__()
         hidden, head, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.layer, self.head_dim, self.attend = layer, head, attend
-        self.q_proj = nn.Linear(hidden, config.query_width, bias=bias != "none")
-        self.k_proj = nn.Linear(hidden, config.kv_width, bias=bias != "none")
-        self.v_proj = nn.Linear(hidden, config.kv_width, bias=bias != "none")
+        self.layer, self.head_dim, self.attend, self.parts = layer, head, attend, parts
+        widths = {"q_proj": config.query_width, "k_proj": config.kv_width, "v_proj": config.kv_width}
+        if parts.merged:
+            self.qkv_proj = MergedLinear(hidden, widths, bias=bias != "none")
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (
+                nn.Linear(hidden, width, bias=bias != "none") for width in widths.values()
+            )
         self.o_proj = nn.Linear(config.query_width, hidden, bias=bias == "qkvo")
         if config.qk_norm:
-            self.q_norm = RMSNorm(head, config.rms_norm_eps)
-            self.k_norm = RMSNorm(head, config.rms_norm_eps)
+            self.q_norm = RMSNorm(head, config.rms_norm_eps, parts.norm)
+            self.k_norm = RMSNorm(head, config.rms_norm_eps, parts.norm)
         self.qk_norm = config.qk_norm
+
+    def _project(self, x_BTH: Tensor) -> Sequence[Tensor]:
+        if self.parts.merged:
+            return self.qkv_proj.split(x_BTH)
+        return self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH)
 
     def forward(self, x_BTH: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: Cache | None) -> Tensor:
         B, T, _ = x_BTH.shape
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_BTND, k_BTKD, v_BTKD = (project(x_BTH).view(B, T, -1, self.head_dim) for project in projections)
+        q_BTND, k_BTKD, v_BTKD = (x.view(B, T, -1, self.head_dim) for x in self._project(x_BTH))
         if self.qk_norm:
             q_BTND, k_BTKD = self.q_norm(q_BTND), self.k_norm(k_BTKD)
-        q_BNTD, k_BKTD = (rotate(x.transpose(1, 2), cos_TD, sin_TD) for x in (q_BTND, k_BTKD))
+        q_BNTD, k_BKTD = rotate_both(
+            q_BTND.transpose(1, 2), k_BTKD.transpose(1, 2), cos_TD, sin_TD, self.parts.rope
+        )
         k_BKSD, v_BKSD, mask_TS = k_BKTD, v_BTKD.transpose(1, 2), None
         if cache is not None:
             k_BKSD, v_BKSD, mask_TS = cache.update(self.layer, k_BKSD, v_BKSD)
-        out_BNTD = self.attend(q_BNTD, k_BKSD, v_BKSD, mask_TS)
+        if T == 1 and isinstance(cache, StaticCache) and cache.has_kernel(q_BNTD):
+            out_BNTD = cache.attend(self.layer, q_BNTD)
+        else:
+            out_BNTD = self.attend(q_BNTD, k_BKSD, v_BKSD, mask_TS)
         out: Tensor = self.o_proj(out_BNTD.transpose(1, 2).reshape(B, T, -1))
         return out
 
@@ -107,26 +178,45 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.parts = parts
+        hidden, wide = config.hidden_size, config.intermediate_size
+        if parts.merged:
+            self.gate_up_proj = MergedLinear(hidden, {"gate_proj": wide, "up_proj": wide}, bias=False)
+        else:
+            self.gate_proj = nn.Linear(hidden, wide, bias=False)
+            self.up_proj = nn.Linear(hidden, wide, bias=False)
+        self.down_proj = nn.Linear(wide, hidden, bias=False)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTH)) * self.up_proj(x_BTH))
+        if self.parts.merged:
+            gate_BTI, up_BTI = self.gate_up_proj.split(x_BTH)
+        else:
+            gate_BTI, up_BTI = self.gate_proj(x_BTH), self.up_proj(x_BTH)
+        out: Tensor = self.down_proj(swiglu(gate_BTI, up_BTI, self.parts.swiglu))
         return out
+
+
+def swiglu(gate: Tensor, up: Tensor, kernel: str) -> Tensor:
+    """silu(gate) * up, by torch or by Liger's kernel."""
+    if kernel == "liger":
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        out: Tensor = LigerSiLUMulFunction.apply(gate, up)
+        return out
+    return F.silu(gate) * up
 
 
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: DecoderConfig, layer: int, attend: Attend) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, attend: Attend, parts: Parts) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, attend)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, parts.norm)
+        self.self_attn = Attention(config, layer, attend, parts)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, parts.norm)
+        self.mlp = MLP(config, parts)
 
     def forward(self, x_BTH: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: Cache | None) -> Tensor:
         x_BTH = x_BTH + self.self_attn(self.input_layernorm(x_BTH), cos_TD, sin_TD, cache)
@@ -137,11 +227,11 @@ class Layer(nn.Module):
 class Trunk(nn.Module):
     """Everything below the head; Hugging Face names it `model`."""
 
-    def __init__(self, config: DecoderConfig, attend: Attend) -> None:
+    def __init__(self, config: DecoderConfig, attend: Attend, parts: Parts) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i, attend) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config, i, attend, parts) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, parts.norm)
         self.rotary_emb = Rotary(config)
 
     def forward(self, ids_BT: Tensor, cache: Cache | None) -> Tensor:
@@ -162,14 +252,20 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A decoder language model. `Decoder(config)` on the default device; then `initialise` or load weights.
 
+    `parts` says what its parts are computed by; a string names the attention and leaves the rest plain.
+    `attend` is an attention of your own in place of the recipe's.
+
     Calling it returns an Output. `logits_to_keep=n` runs the head at the last n positions only (0: at all).
     A cache given as `past_key_values` is extended; `use_cache=True` without one starts a growing cache.
     """
 
-    def __init__(self, config: DecoderConfig, attend: Attend | str = "sdpa") -> None:
+    def __init__(
+        self, config: DecoderConfig, parts: Parts | str = "sdpa", attend: Attend | None = None
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.model = Trunk(config, attention(attend) if isinstance(attend, str) else attend)
+        parts = parts if isinstance(parts, Parts) else Parts(attention=parts)
+        self.config, self.parts = config, parts
+        self.model = Trunk(config, attend or attention(parts.attention), parts)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -188,6 +284,9 @@ class Decoder(nn.Module):
     ) -> Output:
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         x_BTH = self.model(input_ids, cache)
+        if labels is not None and self.parts.loss != "torch" and not logits_to_keep:
+            fused = chunked_loss if self.parts.loss == "chunked" else liger_loss
+            return Output(None, fused(x_BTH, self.lm_head.weight, labels), cache)
         logits_BTV = self.lm_head(x_BTH[:, -logits_to_keep:])
         loss = None if labels is None else next_token_loss(logits_BTV, labels)
         return Output(logits_BTV, loss, cache)
@@ -208,7 +307,7 @@ def initialise(model: Decoder, generator: torch.Generator) -> None:
     table is N(0, 1), a tied one N(0, 1 / H), so that logits are of order 1. Drawn in float32 on the
     generator's device, in the order of the parameters: the same for every dtype.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_state(model).items():
         noise = torch.randn(parameter.shape, generator=generator, device=generator.device)
         if "norm" in name:
             noise = 1 + 0.1 * noise

@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from assay.errors import UsageError
 
-__all__ = ["load_strict", "named_state"]
+__all__ = ["load_strict", "named_gradients", "named_state", "tied_names"]
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 def named_state(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> live tensor of every parameter and every buffer that a checkpoint keeps; tied ones once."""
+    """Name -> live tensor of every parameter and every buffer that a checkpoint keeps; tied ones once.
+
+    Merged projections appear as what they were merged from: slices of the same memory.
+    """
     kept = set(module.state_dict())
-    tensors = {name: p.detach() for name, p in module.named_parameters()}
+    tensors = by_checkpoint_name(module, {name: p.detach() for name, p in module.named_parameters()})
     return tensors | {name: b for name, b in module.named_buffers() if name in kept}
+
+
+def named_gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    """Name -> gradient of every parameter, None where it got none; merged projections as their parts."""
+    return by_checkpoint_name(module, {name: p.grad for name, p in module.named_parameters()})
+
+
+def by_checkpoint_name(module: nn.Module, own: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of own parameters under the names of a checkpoint: merged ones split into their slices.
+
+    A module that merges projections has `pieces`, their names and widths in order.
+    """
+    merged = dict(_merged(module))
+    found: dict[str, T] = {}
+    for name, tensor in own.items():
+        layer, _, kind = name.rpartition(".")
+        pieces = merged.get(layer)
+        if pieces is None:
+            found[name] = tensor
+            continue
+        parts = [None] * len(pieces) if tensor is None else torch.split(tensor, list(pieces.values()))
+        stem = layer.rpartition(".")[0]
+        found |= {f"{stem}.{piece}.{kind}": part for piece, part in zip(pieces, parts, strict=True)}
+    return found
+
+
+def _merged(module: nn.Module) -> Iterator[tuple[str, Mapping[str, int]]]:
+    for name, layer in module.named_modules():
+        pieces = getattr(layer, "pieces", None)
+        if isinstance(layer, nn.Linear) and isinstance(pieces, Mapping):
+            yield name, pieces
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

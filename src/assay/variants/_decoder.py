@@ -1,0 +1,169 @@
+"""What the ladder's arms share: one builder over a recipe of ingredients. Not a plug-in itself.
+
+Every arm of the ladder takes every ingredient as an option (`eager[norm=liger]`, `fused[compile=false]`);
+they differ in the defaults. `auto` lets the arm choose by the case, and `recipe` says what it chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from assay.contracts import Case, Claim, LanguageModel, Option, Options, Scalar, Variant
+from assay.errors import UsageError
+from assay.systems.decoder.cost import forward_flops
+from assay.systems.decoder.parts import INGREDIENTS, Parts
+from assay.systems.decoder.shapes import check_params, resolve
+
+__all__ = ["AUTO", "generation_claims", "oracle", "rung"]
+
+AUTO = "auto"
+# A step of fewer FLOPs ends before the host has launched it: some milliseconds on a data-centre GPU.
+LAUNCH_BOUND_FLOPS = 4e12
+_SDPA = "ops.aten::scaled_dot_product_attention"
+_KERNELS = {
+    "cudnn": "ops.aten::_scaled_dot_product_cudnn_attention",
+    "flash": "ops.aten::_scaled_dot_product_flash_attention",
+}
+_LIGER = {
+    "norm": "ops.LigerRMSNormFunction",
+    "swiglu": "ops.LigerSiLUMulFunction",
+    "rope": "ops.LigerRopeFunction",
+}
+_MODE = Option(
+    default="default", help="torch.compile's mode", choices=("default", "reduce-overhead", "max-autotune")
+)
+
+
+def rung(name: str, summary: str, defaults: Mapping[str, Scalar], requires: tuple[str, ...] = ()) -> Variant:
+    """An arm of the ladder: the plainest decoder with other defaults for some ingredients."""
+    options = {"compile_mode": _MODE}
+    for ingredient, (choices, meaning) in INGREDIENTS.items():
+        default = defaults.get(ingredient, choices[0])
+        allowed = (*choices, AUTO) if default == AUTO else choices
+        options[ingredient] = Option(default=default, help=meaning, choices=allowed)
+
+    def parts(case: Case, chosen: Options) -> Parts:
+        return recipe(case, {key: chosen.get(key, option.default) for key, option in options.items()})
+
+    def build(case: Case, chosen: Options) -> LanguageModel:
+        from assay.systems.decoder.build import build_decoder
+
+        made = parts(case, chosen)
+        # torch's modes have their own say on CUDA graphs, which the ingredient only adds to
+        own = case.workload == "generate" or made.compile_mode == "default"
+        return build_decoder(
+            str(case.params["shape"]),
+            made,
+            name=name,
+            dtype=case.dtype,
+            device=case.device,
+            seed=case.seed,
+            cuda_graph=made.cuda_graph if own else made.cuda_graph or None,
+        )
+
+    def check(case: Case, chosen: Options) -> None:
+        check_params(case.params)
+        parts(case, chosen)
+
+    return Variant(
+        summary=summary,
+        build=build,
+        options=options,
+        claims=lambda case, chosen: claims(case, parts(case, chosen)),
+        requires=requires,
+        oracle=oracle,
+        workloads=("train", "infer", "generate"),
+        check=check,
+    )
+
+
+def oracle(case: Case) -> LanguageModel:
+    """The reference implementation of the case's shape."""
+    from assay.systems.decoder.build import build_reference
+
+    return build_reference(str(case.params["shape"]), dtype=case.dtype, device=case.device, seed=case.seed)
+
+
+def recipe(case: Case, options: Options) -> Parts:
+    """The recipe that options mean in a case. Raises UsageError for ingredients that do not go together."""
+    cuda, generates = case.device.startswith("cuda"), case.workload == "generate"
+    compiled = bool(options["compile"])
+    chosen = dict(options)
+    if chosen["attention"] == AUTO:
+        chosen["attention"] = "cudnn" if cuda and case.dtype not in ("fp32", "fp64") else "sdpa"
+    if chosen["merged"] == AUTO:
+        chosen["merged"] = generates
+    if chosen["cuda_graph"] == AUTO:
+        chosen["cuda_graph"] = cuda and (generates or (compiled and _flops(case) < LAUNCH_BOUND_FLOPS))
+    made = Parts(**chosen)  # type: ignore[arg-type]  # Parts checks the values
+    if made.cuda_graph and not cuda:
+        raise UsageError("cuda_graph=true needs a CUDA device", remedy="--device cuda, or cuda_graph=false")
+    if made.cuda_graph and generates and made.cache != "static":
+        raise UsageError("a growing cache cannot be replayed as a CUDA graph", remedy="cache=static")
+    if made.cuda_graph and not generates and not made.compile:
+        raise UsageError(
+            f"cuda_graph=true needs compile=true for '{case.workload}'",
+            remedy="compile=true, or cuda_graph=false",
+        )
+    return made
+
+
+def _flops(case: Case) -> float:
+    """Of one step, by the shape: three forwards for a training step."""
+    config = resolve(str(case.params["shape"])).config
+    forward = forward_flops(config, int(case.params["batch_size"]), int(case.params["seq_length"]))
+    return forward * (3 if case.workload == "train" else 1)
+
+
+def claims(case: Case, made: Parts) -> Sequence[Claim]:
+    """What must be seen of each ingredient. Replayed graphs and compiled code hide operators by name."""
+    generates = case.workload == "generate"
+    found: list[Claim] = []
+    hidden = made.cuda_graph or made.compile_mode == "reduce-overhead" or made.compile_mode == "max-autotune"
+    if made.compile:
+        found += [
+            Claim(counter="compiled_graphs", comparison=">", value=0, why="torch.compile made a graph"),
+            Claim(counter="graph_breaks", comparison="==", value=0, why="the whole model is in it"),
+        ]
+        if made.cuda_graph and not generates:
+            why = "the step was replayed as a CUDA graph"
+            found += [Claim(counter="ops.cudaGraphLaunch", comparison=">", value=0, why=why)]
+    else:
+        found += [_attention_claim(made.attention)]
+        found += [
+            Claim(counter=_LIGER[name], comparison=">", value=0, why=f"{name} goes through Liger's kernel")
+            for name in _LIGER
+            if getattr(made, name) == "liger"
+        ]
+    if made.attention in _KERNELS and not (made.compile and hidden) and case.dtype not in ("fp32", "fp64"):
+        why = f"attention runs in {made.attention}'s kernel"
+        found += [Claim(counter=_KERNELS[made.attention], comparison=">", value=0, why=why)]
+    if made.loss != "torch" and case.workload == "train" and not (made.compile and hidden):
+        why = "the loss is fused with the head"
+        found += [Claim(counter=f"ops.assay::{made.loss}_loss", comparison=">", value=0, why=why)]
+    if made.merged:
+        why = "projections are merged"
+        found += [Claim(counter="merged_projections", comparison=">", value=0, why=why)]
+    return found + (generation_claims(case, made.cache, made.cuda_graph) if generates else [])
+
+
+def _attention_claim(attention: str) -> Claim:
+    if attention == "eager":
+        return Claim(counter=_SDPA, comparison="==", value=0, why="attention is written out, not fused")
+    return Claim(counter=_SDPA, comparison=">", value=0, why="attention goes through torch's SDPA")
+
+
+def generation_claims(case: Case, cache: str, cuda_graph: bool) -> list[Claim]:
+    """Of a key-value cache that filled in the width that is computed in, and of replayed steps."""
+    held = int(case.params["gen_input_length"]) + int(case.params["gen_output_length"]) - 1
+    found = [
+        Claim(counter="kv_tokens_cached", comparison=">=", value=held, why="the cache filled"),
+        Claim(counter="kv_promoted_tensors", comparison="==", value=0, why="the cache is not widened"),
+    ]
+    if cache == "static":
+        why = "decoding went through the static cache"
+        found += [Claim(counter="static_cache_steps", comparison=">", value=0, why=why, timed=True)]
+    if cuda_graph:
+        why = "each token replayed a CUDA graph"
+        found += [Claim(counter="cuda_graph_replays", comparison=">", value=0, why=why, timed=True)]
+    return found
