@@ -27,6 +27,7 @@ __all__ = [
     "errors",
     "explain",
     "first_departing",
+    "gradient_norm",
     "judge_outputs",
     "one_ulp",
     "opaque_rounding",
@@ -143,11 +144,13 @@ def judge_outputs(
     *,
     dtype: str,
     reference: Mapping[str, float] | None = None,
+    grad_norm: float | None = None,
 ) -> list[Figure]:
     """One figure for every quantity of the oracle; a quantity that the arm lacks, or has too much, fails.
 
-    `reference` holds the reference implementation's own errors at this dtype (precision tier only). An oracle
-    that holds nothing proves nothing: that is one failed figure.
+    `reference` holds the reference implementation's own errors at this dtype (precision tier only);
+    `grad_norm` is the norm of the oracle's whole gradient, where it is known already. An oracle that holds
+    nothing proves nothing: that is one failed figure.
     """
     if not oracle:
         note = "nothing to compare: the oracle gives no output"
@@ -156,7 +159,7 @@ def judge_outputs(
                 tier=tier, stage=stage, quantity="outputs", error=None, limit=None, passed=False, note=note
             )
         ]
-    grad_norm = _grad_norm(oracle)
+    grad_norm = gradient_norm(oracle) if grad_norm is None else grad_norm
     figures = [
         _figure(tier, stage, name, outputs.get(name), ref, grad_norm, dtype, reference)
         for name, ref in oracle.items()
@@ -203,7 +206,8 @@ def _figure(
     )
 
 
-def _grad_norm(oracle: Mapping[str, Tensor]) -> float:
+def gradient_norm(oracle: Mapping[str, Tensor]) -> float:
+    """Norm of all gradients together, computed where they lie."""
     return math.sqrt(sum(float(t.double().norm()) ** 2 for n, t in oracle.items() if kind(n) == "grad"))
 
 
@@ -304,7 +308,7 @@ def same_state(own: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> st
             return f"parameter '{name}' is missing"
         if mine.shape != tensor.shape:
             return f"parameter '{name}' has shape {tuple(mine.shape)}, expected {tuple(tensor.shape)}"
-        if not torch.equal(mine.cpu().to(tensor.dtype), tensor):
+        if not torch.equal(mine.to(tensor.dtype), tensor.to(mine.device)):
             return f"parameter '{name}' differs from the shared weights"
     extra = [name for name in own if name not in canonical]
     return f"parameter '{extra[0]}' is not in the shared weights" if extra else ""
@@ -312,7 +316,7 @@ def same_state(own: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> st
 
 def errors(outputs: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> dict[str, float]:
     """Error of every quantity that both hold, on the scales of `compare`."""
-    grad_norm = _grad_norm(oracle)
+    grad_norm = gradient_norm(oracle)
     return {
         name: compare(out, oracle[name].to(out.device), _scale(name, grad_norm)).error
         for name, out in outputs.items()

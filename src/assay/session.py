@@ -119,6 +119,7 @@ class _Session:
         self.interrupted = False
         self._measuring = False
         self._abandoned = False
+        self._waiting: dict[str, Channel] = {}  # the next launch's workers, importing
 
     # -- the story --------------------------------------------------------------------------------
 
@@ -161,8 +162,11 @@ class _Session:
                 self._launch(pair, made, launch)
                 self.journal.launch(pair, made, launch)
                 if launch.failed:
-                    return
+                    break
             number += 1
+        for channel in self._waiting.values():
+            channel.close()
+        self._waiting = {}
 
     def _launch(self, pair: Pair, made: OracleMade, launch: Launch) -> None:
         """One fresh pair of workers, from build to the last check. Trouble ends up in `launch.status`."""
@@ -187,7 +191,8 @@ class _Session:
         """Start both, then build one after the other: each is alone at work while its memory is measured."""
         for arm in pair.arms:
             with _blaming(arm):
-                launch.channels[arm.name] = self._open(pair.case, arm)
+                waiting = self._waiting.pop(arm.name, None)
+                launch.channels[arm.name] = waiting or self._open(pair.case, arm)
         for arm in pair.arms:
             self._prepare(pair.case, arm, launch)
 
@@ -208,6 +213,7 @@ class _Session:
             self._warm(pair.case, arm, launch)
         with self._finishing_first():
             launch.blocks = self._interleave(pair, launch)
+            self._open_next(pair, launch)
             for arm in pair.arms:
                 self._close_arm(pair.case, arm, made, launch)
 
@@ -270,6 +276,17 @@ class _Session:
             math.exp(shown.low) if shown else None,
             math.exp(shown.high) if shown else None,
         )
+
+    def _open_next(self, pair: Pair, launch: Launch) -> None:
+        """Start the next launch's workers once nothing is timed: their imports overlap the proofs."""
+        number = launch.number + 1
+        due = number < self.config.launches and pair.place(number) not in self.journal.done
+        if due and not self.interrupted and self.config.isolation == "process":
+            for arm in pair.arms:
+                with contextlib.suppress(
+                    AssayError
+                ):  # whoever needs it meets the same trouble in its own name
+                    self._waiting[arm.name] = self._open(pair.case, arm)
 
     def _close_arm(self, case: Case, arm: Arm, made: OracleMade, launch: Launch) -> None:
         """The counters of the timed region first, then fresh inputs through the same code."""

@@ -70,6 +70,7 @@ class OracleMade(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     oracle: str
     state: str
     reference: dict[str, float]  # quantity -> the reference's own error at the case's dtype
+    grad_norms: dict[str, float] = {}  # stage -> norm of the oracle's whole gradient
     not_applicable: list[str] = []  # probes that the oracle itself does not pass
 
 

@@ -7,6 +7,7 @@ API from inside the session's process.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
 import statistics
@@ -127,8 +128,6 @@ class Runner:
 
     def make_oracle(self, budget_flops: float) -> OracleMade:
         """Canonical weights, then the oracle's answers to both stages' inputs, into the scratch folder."""
-        import torch
-
         state = {} if self.variant.opaque else self._canonical_state()
         above = self._above(state)
         with self._reference(above, state) as oracle:
@@ -139,13 +138,15 @@ class Runner:
                 if not f.passed
             ]
         for stage, tensors in answers.items():
-            torch.save(_compact(tensors), self._oracle_path(stage))
+            _save(_compact(tensors), self._oracle_path(stage))
+        norms = {stage: gate.gradient_norm(tensors) for stage, tensors in answers.items()}
         reference = self._reference_errors(case, state, answers)
         return OracleMade(
             case=case,
             oracle=f"{self.arm.name} itself" if self.variant.opaque else self._oracle_name(above),
             state=_state_digest(state),
             reference=reference,
+            grad_norms=norms,
             not_applicable=not_applicable,
         )
 
@@ -164,7 +165,7 @@ class Runner:
                 name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.detach().cpu()).clone()
                 for name, t in system.state().items()
             }
-        torch.save(state, self.scratch / f"state-{self.case.id}.pt")
+        _save(state, self.scratch / f"state-{self.case.id}.pt")
         return state
 
     def _above(self, state: Mapping[str, Tensor]) -> str:
@@ -252,7 +253,12 @@ class Runner:
             trial = self.workload.prepare(system, case)
             outputs = trial.outputs(STAGES["before"])
             figures += gate.judge_outputs(
-                "meaning", "before", outputs, _quantities(oracle), dtype="fp32", reference=None
+                "meaning",
+                "before",
+                outputs,
+                _quantities(oracle),
+                dtype="fp32",
+                grad_norm=made.grad_norms.get("before"),
             )
             skipped = {text.partition(":")[0] for text in made.not_applicable}
             figures += [f for f in self._probe(system, case) if f.quantity not in skipped]
@@ -313,7 +319,13 @@ class Runner:
         outputs = trial.outputs(STAGES[stage])
         oracle = {n: t for n, t in self._load_oracle(stage).items() if n in made.reference}
         figures = gate.judge_outputs(
-            "precision", stage, outputs, oracle, dtype=self.case.dtype, reference=made.reference
+            "precision",
+            stage,
+            outputs,
+            oracle,
+            dtype=self.case.dtype,
+            reference=made.reference,
+            grad_norm=made.grad_norms.get(stage),
         )
         return Gated(figures=gate.worst(figures))
 
@@ -487,6 +499,18 @@ def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors for other processes of this run. Their checksums would take most of the time."""
+    import torch
+
+    kept = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(dict(tensors), path)
+    finally:
+        torch.serialization.set_crc32_options(kept)
+
+
 def _state_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names and bytes, 12 hex digits; empty where there are no weights."""
     import torch
@@ -496,7 +520,7 @@ def _state_digest(state: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in state.items():
         sha.update(name.encode())
-        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()[:12]
 
 
@@ -604,6 +628,8 @@ def main() -> None:
     try:
         _import_torch()
         runner = open_runner(opening)
+        if runner.arm.options.get("compile"):
+            importlib.import_module("torch._inductor.compile_fx")  # seconds, while other workers start too
         IMPORT_S = time.perf_counter() - begin
         send(Opened(import_s=IMPORT_S))
     except Exception as e:

@@ -10,6 +10,7 @@ VARIANT = rung(
     {
         "attention": AUTO,
         "loss": "chunked",
+        "recompute": True,
         "merged": AUTO,
         "compile": True,
         "cuda_graph": AUTO,

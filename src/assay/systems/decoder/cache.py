@@ -6,11 +6,13 @@ after it. Shapes: B batch, K key-value heads, T new positions, S all positions, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from assay.systems.decoder.rope import angles, frequencies
 from assay.systems.decoder.shapes import DecoderConfig
 
 __all__ = ["Cache", "GrowingCache", "StaticCache"]
@@ -83,6 +85,8 @@ class StaticCache:
         self.starts_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self.padded = False
         self._slots_S = torch.arange(size, device=device)
+        turn_SD = angles(frequencies(config).to(device), self._slots_S)
+        self._cos_SD, self._sin_SD = turn_SD.cos(), turn_SD.sin()
 
     def reset(self, starts_B: Tensor | None = None) -> None:
         """Start over; what is in the slots is masked until it is overwritten."""
@@ -93,18 +97,35 @@ class StaticCache:
         else:
             self.starts_B.copy_(starts_B)
 
-    def has_kernel(self, q_BNTD: Tensor) -> bool:
-        """Whether `attend` can take the place of masked attention: on CUDA, up to float32, no gradients."""
-        return q_BNTD.is_cuda and q_BNTD.dtype == self.keys[0].dtype and q_BNTD.dtype != torch.float64
+    def has_kernel(self) -> bool:
+        """Whether `attend` can take the place of `update` and masked attention: on CUDA, up to float32."""
+        return self.position.is_cuda and self.keys[0].dtype != torch.float64
 
-    def attend(self, layer: int, q_BNTD: Tensor) -> Tensor:
-        """Attention of the newest token over the slots that it may see, (B, N, 1, D)."""
+    def attend(
+        self,
+        layer: int,
+        qkv_BH: Tensor,
+        norms: Sequence[Tensor],
+        eps: float,
+    ) -> Tensor:
+        """Take in the newest token as projected, (B, (N + 2 K) * D); return its attention, (B, N * D).
+
+        `norms` are the weights of the queries' and the keys' RMSNorm, if there are any.
+        """
         from assay.systems.decoder.kernels import decode_attention
 
-        out_BNTD: Tensor = decode_attention(
-            q_BNTD, self.keys[layer], self.values[layer], self.position, self.starts_B
+        out_BH: Tensor = decode_attention(
+            qkv_BH,
+            norms,
+            eps,
+            self._cos_SD,
+            self._sin_SD,
+            self.keys[layer],
+            self.values[layer],
+            self.position,
+            self.starts_B,
         )
-        return out_BNTD
+        return out_BH
 
     def positions(self, count: int, device: torch.device) -> Tensor:
         return torch.arange(count, device=device) if count > 1 else self.position

@@ -51,15 +51,12 @@ def compile_call(
     *,
     growing: bool = False,
     cuda_graphs: bool | None = None,
-    one_token: bool = False,
 ) -> Callable[P, R]:
     """Compile a function of its own `def`: torch keeps compiled code, and its limits, by code object.
 
     A call of fixed shapes is specialised for each of them. A `growing` one (a key-value cache that gains a
     token a call) takes symbolic shapes, and no CUDA graphs, which would be recorded anew for every length.
-    `cuda_graphs` overrides the mode's own choice. `one_token` calls multiply vectors: under coordinate
-    descent Inductor writes such products as reductions that stream the weight, which a library's matrix
-    kernels do worse. Raises UsageError for a mode not in MODES.
+    `cuda_graphs` overrides the mode's own choice. Raises UsageError for a mode not in MODES.
     """
     if mode not in MODES:
         raise UsageError(
@@ -76,6 +73,4 @@ def compile_call(
     options = {**list_mode_options(mode)}
     if growing or cuda_graphs is not None:
         options["triton.cudagraphs"] = bool(cuda_graphs) and not growing
-    if one_token:
-        options["coordinate_descent_tuning"] = True
     return torch.compile(call, options=options, dynamic=growing)

@@ -32,6 +32,7 @@ __all__ = [
 
 _WARM_UP_STEPS = 3  # before a capture: lets libraries choose their kernels and compiled code be made
 _SLOT_MULTIPLE = 64  # masks whose rows are aligned keep torch's fused kernels
+_WIDE_VOCABULARY, _PIECES = 16384, 128  # an argmax of so many logits is taken in so many pieces
 _CAPTURED_PROMPT = 2048  # tokens; the launches of a longer prompt hide behind its work
 
 Step = tuple[Tensor, Tensor]
@@ -69,8 +70,18 @@ def _cache_counters(tensors: list[Tensor], slots: int, compute: torch.dtype) -> 
 
 
 def greedy(logits_BV: Tensor) -> Step:
-    """The logits and their most probable token, on the device."""
-    return logits_BV, logits_BV.argmax(dim=-1, keepdim=True)
+    """The logits and their most probable token, on the device.
+
+    Large vocabularies in two stages: compiled in one, a row's argmax is a single program's work.
+    """
+    V = logits_BV.shape[-1]
+    if V < _WIDE_VOCABULARY or not logits_BV.is_cuda:
+        return logits_BV, logits_BV.argmax(dim=-1, keepdim=True)
+    wide = -(-V // _PIECES)
+    places_PW = torch.arange(_PIECES * wide, device=logits_BV.device).clamp_max(V - 1).view(_PIECES, wide)
+    best_BP, at_BP = logits_BV[:, places_PW].max(dim=-1)
+    piece_B1 = best_BP.argmax(dim=-1, keepdim=True)
+    return logits_BV, (piece_B1 * wide + at_BP.gather(1, piece_B1)).clamp_max(V - 1)
 
 
 class PlainDecoding:
@@ -150,8 +161,7 @@ class StaticDecoding:
         self._step: Callable[[Tensor], Step] = self._run_step
         if compile_mode is not None:  # the graph that is captured here takes the place of torch's own
             self._prompt = compile_call(self._run_prompt, compile_mode, cuda_graphs=False)
-            one_token = batch == 1 and device.type == "cuda"
-            self._step = compile_call(self._run_step, compile_mode, cuda_graphs=False, one_token=one_token)
+            self._step = compile_call(self._run_step, compile_mode, cuda_graphs=False)
         self._captures = cuda_graph and device.type == "cuda"
         self._graph: _Replay | None = None
         self._prompts: dict[tuple[int, ...], _Replay | None] = {}  # by shape; None until the second call
@@ -166,7 +176,8 @@ class StaticDecoding:
         self._length = 0
         self._hold(ids_BT.shape[1])
         shape = tuple(ids_BT.shape)
-        if not self._captures or starts_B is not None or ids_BT.numel() > _CAPTURED_PROMPT:
+        if not self._captures or starts_B is not None or ids_BT.numel() > _WIDE_VOCABULARY, _PIECES = 16384, 128  # an argmax of so many logits is taken in so many pieces
+_CAPTURED_PROMPT:
             return self._call(self._prompt, ids_BT)
         if shape not in self._prompts:
             self._prompts[shape] = None

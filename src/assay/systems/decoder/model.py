@@ -12,11 +12,12 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
+from torch.utils.checkpoint import checkpoint
 
 from assay.systems.decoder.attention import Attend, attention
 from assay.systems.decoder.cache import Cache, GrowingCache, StaticCache
@@ -96,6 +97,14 @@ def _(inv_freq_D: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     return inv_freq_D.new_empty(shape), inv_freq_D.new_empty(shape)
 
 
+def stream_linear(*arguments: Any) -> Tensor:
+    """kernels.stream_linear, imported where it runs: Triton is not everywhere."""
+    from assay.systems.decoder import kernels
+
+    out: Tensor = kernels.stream_linear(*arguments)
+    return out
+
+
 def rotate(x_BNTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Turn each head's pairs (i, i + D/2) by the angles of its position."""
     wide = at_least_float32(x_BNTD)
@@ -137,7 +146,8 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, attend: Attend, parts: Parts) -> None:
         super().__init__()
         hidden, head, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.layer, self.head_dim, self.attend, self.parts = layer, head, attend, parts
+        self.layer, self.head_dim, self.eps = layer, head, config.rms_norm_eps
+        self.attend, self.parts = attend, parts
         widths = {"q_proj": config.query_width, "k_proj": config.kv_width, "v_proj": config.kv_width}
         if parts.merged:
             self.qkv_proj = MergedLinear(hidden, widths, bias=bias != "none")
@@ -152,12 +162,22 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def _project(self, x_BTH: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values of all heads, (B, T, width) each."""
         if self.parts.merged:
             return self.qkv_proj.split(x_BTH)
         return self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH)
 
+    def step(self, qkv_BH: Tensor, cache: StaticCache) -> Tensor:
+        """Attention of one token, as projected, by the cache's kernel, which norms and turns heads too."""
+        norms = [self.q_norm.weight, self.k_norm.weight] if self.qk_norm else []
+        return cache.attend(self.layer, qkv_BH, norms, self.eps)
+
     def forward(self, x_BTH: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: Cache | None) -> Tensor:
         B, T, _ = x_BTH.shape
+        if T == 1 and isinstance(cache, StaticCache) and cache.has_kernel():
+            qkv_BH = torch.cat(list(self._project(x_BTH[:, 0])), dim=-1)
+            token_B1H: Tensor = self.o_proj(self.step(qkv_BH, cache)[:, None])
+            return token_B1H
         q_BTND, k_BTKD, v_BTKD = (x.view(B, T, -1, self.head_dim) for x in self._project(x_BTH))
         if self.qk_norm:
             q_BTND, k_BTKD = self.q_norm(q_BTND), self.k_norm(k_BTKD)
@@ -167,10 +187,7 @@ class Attention(nn.Module):
         k_BKSD, v_BKSD, mask_TS = k_BKTD, v_BTKD.transpose(1, 2), None
         if cache is not None:
             k_BKSD, v_BKSD, mask_TS = cache.update(self.layer, k_BKSD, v_BKSD)
-        if T == 1 and isinstance(cache, StaticCache) and cache.has_kernel(q_BNTD):
-            out_BNTD = cache.attend(self.layer, q_BNTD)
-        else:
-            out_BNTD = self.attend(q_BNTD, k_BKSD, v_BKSD, mask_TS)
+        out_BNTD = self.attend(q_BNTD, k_BKSD, v_BKSD, mask_TS)
         out: Tensor = self.o_proj(out_BNTD.transpose(1, 2).reshape(B, T, -1))
         return out
 
@@ -194,7 +211,11 @@ class MLP(nn.Module):
             gate_BTI, up_BTI = self.gate_up_proj.split(x_BTH)
         else:
             gate_BTI, up_BTI = self.gate_proj(x_BTH), self.up_proj(x_BTH)
-        out: Tensor = self.down_proj(swiglu(gate_BTI, up_BTI, self.parts.swiglu))
+        if self.parts.recompute and torch.is_grad_enabled():
+            product_BTI = checkpoint(swiglu, gate_BTI, up_BTI, self.parts.swiglu, use_reentrant=False)
+        else:
+            product_BTI = swiglu(gate_BTI, up_BTI, self.parts.swiglu)
+        out: Tensor = self.down_proj(product_BTI)
         return out
 
 
@@ -222,6 +243,20 @@ class Layer(nn.Module):
         x_BTH = x_BTH + self.self_attn(self.input_layernorm(x_BTH), cos_TD, sin_TD, cache)
         out: Tensor = x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
         return out
+
+    def stream(self, x_1H: Tensor, cache: StaticCache) -> Tensor:
+        """`forward` for one token of one row: every product streams its weight once."""
+        attention, mlp, compute = self.self_attn, self.mlp, cache.keys[0].dtype
+        eps, kind = attention.eps, x_1H.dtype
+        qkv_1H = stream_linear(
+            x_1H, attention.qkv_proj.weight, self.input_layernorm.weight, None, eps, False, compute
+        )
+        out_1H = attention.step(qkv_1H, cache)
+        x_1H = stream_linear(out_1H, attention.o_proj.weight, None, x_1H, eps, False, kind)
+        norm_H = self.post_attention_layernorm.weight
+        wide_1I = stream_linear(x_1H, mlp.gate_up_proj.weight, norm_H, None, eps, True, compute)
+        last_1H: Tensor = stream_linear(wide_1I, mlp.down_proj.weight, None, x_1H, eps, False, kind)
+        return last_1H
 
 
 class Trunk(nn.Module):
@@ -283,6 +318,8 @@ class Decoder(nn.Module):
         logits_to_keep: int = 0,
     ) -> Output:
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
+        if isinstance(cache, StaticCache) and labels is None and self._streams(input_ids, cache):
+            return Output(self._stream(input_ids, cache), None, cache)
         x_BTH = self.model(input_ids, cache)
         if labels is not None and self.parts.loss != "torch" and not logits_to_keep:
             fused = chunked_loss if self.parts.loss == "chunked" else liger_loss
@@ -290,6 +327,23 @@ class Decoder(nn.Module):
         logits_BTV = self.lm_head(x_BTH[:, -logits_to_keep:])
         loss = None if labels is None else next_token_loss(logits_BTV, labels)
         return Output(logits_BTV, loss, cache)
+
+    def _streams(self, ids_BT: Tensor, cache: StaticCache) -> bool:
+        """Whether `_stream` can stand in for `forward`: one token of one row, on CUDA, products merged."""
+        whole = self.parts.merged and self.config.attention_bias == "none"
+        return whole and ids_BT.shape == (1, 1) and cache.has_kernel()
+
+    def _stream(self, ids_11: Tensor, cache: StaticCache) -> Tensor:
+        """Logits (1, 1, V) after one token: nothing but streamed products and the cache's attention."""
+        x_1H = self.model.embed_tokens(ids_11[0])
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            x_1H = layer.stream(x_1H, cache)
+        cache.advance(1)
+        norm = self.model.norm
+        compute = cache.keys[0].dtype
+        logits_1V = stream_linear(x_1H, self.lm_head.weight, norm.weight, None, norm.eps, False, compute)
+        return logits_1V[None]
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

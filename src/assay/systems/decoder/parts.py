@@ -24,6 +24,7 @@ INGREDIENTS: Mapping[str, tuple[tuple[Scalar, ...], str]] = {
         ("torch", "chunked", "liger"),
         "cross entropy of full logits, or fused with the head, a chunk of tokens at a time",
     ),
+    "recompute": ((False, True), "multiply silu(gate) * up again in backward in place of keeping it"),
     "merged": ((False, True), "one product for q, k and v, one for gate and up"),
     "compile": ((False, True), "torch.compile"),
     "cuda_graph": ((False, True), "replay a step as one CUDA graph"),
@@ -41,6 +42,7 @@ class Parts:
     swiglu: str = "torch"
     rope: str = "torch"
     loss: str = "torch"
+    recompute: bool = False
     merged: bool = False
     compile: bool = False
     cuda_graph: bool = False
