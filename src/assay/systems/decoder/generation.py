@@ -176,8 +176,7 @@ class StaticDecoding:
         self._length = 0
         self._hold(ids_BT.shape[1])
         shape = tuple(ids_BT.shape)
-        if not self._captures or starts_B is not None or ids_BT.numel() > _WIDE_VOCABULARY, _PIECES = 16384, 128  # an argmax of so many logits is taken in so many pieces
-_CAPTURED_PROMPT:
+        if not self._captures or starts_B is not None or ids_BT.numel() > _CAPTURED_PROMPT:
             return self._call(self._prompt, ids_BT)
         if shape not in self._prompts:
             self._prompts[shape] = None
