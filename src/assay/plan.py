@@ -173,7 +173,8 @@ def _check_target(target: str, cwd: str | None) -> None:
 def resolve_options(variant: Variant, arm: Arm, config: RunConfig | None = None) -> dict[str, Scalar]:
     """The variant's defaults, under the run's compile flags, under the arm's own options.
 
-    A variant that can run as several ranks has the option `nproc`: the arm's own. Raises UsageError with the nearest name or the choices.
+    A variant that can run as several ranks has the option `nproc`: the arm's own. Raises UsageError with
+    the nearest name or the choices.
     """
     for key, value in arm.options.items():
         known = variant.options.get(key)

@@ -172,9 +172,7 @@ def launch(folder: Path, nproc: int) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     try:
-        torchrun(
-            ["--standalone", f"--nproc-per-node={nproc}", "-m", "assay.ranks", "serve", str(folder)]
-        )
+        torchrun(["--standalone", f"--nproc-per-node={nproc}", "-m", "assay.ranks", "serve", str(folder)])
     except ChildFailedError as e:
         rank, ended = e.get_first_failure()
         _tell(folder, _death(rank, ended.exitcode))

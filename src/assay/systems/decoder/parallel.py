@@ -87,7 +87,7 @@ class ShardedLM(_SpreadLM):
         for layer in self.module.model.layers:
             if compile_mode is not None:
                 compiled = compile_call(layer.forward, compile_mode, cuda_graphs=False)
-                layer.forward = compiled  # type: ignore[assignment]  # torch types submodules as tensors too
+                layer.forward = compiled
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self.module, mesh=mesh, mp_policy=policy)
 
@@ -102,7 +102,8 @@ class ShardedLM(_SpreadLM):
         weight = mine_BT.shape[0] * ranks / rows
         with self._at.context(self._device):
             loss = self._calls.loss(mine_BT if weight else ids_BT[:1])
-        mean: Tensor = _MeanOverRanks.apply(loss if weight == 1 else loss * weight)
+        loss = loss if weight == 1 else loss * weight
+        mean: Tensor = _MeanOverRanks.apply(loss)  # type: ignore[no-untyped-call]  # unannotated in torch
         return mean
 
     def state(self) -> dict[str, Tensor]:
@@ -140,7 +141,13 @@ class TensorParallelLM(_SpreadLM):
         assert not cuda_graph, "collectives are not captured"
         mesh, config = self._mesh(), self.module.config
         plan: dict[str, ParallelStyle] = {}
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ):
             plan[f"model.layers.*.{name}"] = ColwiseParallel()
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             plan[f"model.layers.*.{name}"] = RowwiseParallel()
@@ -172,7 +179,7 @@ class _MeanOverRanks(torch.autograd.Function):
         return total / dist.get_world_size()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
         return gradient
 
 
