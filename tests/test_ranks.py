@@ -1,4 +1,4 @@
-"""Several ranks as one arm: one reply for all, and whatever ends one of them ends the case, with the reason."""
+"""Several ranks as one arm: one reply for all, and what ends one of them ends the case, with the reason."""
 
 import os
 import signal

@@ -108,7 +108,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def scaling_efficiency(self) -> float | None:
-        """The ratio over that of the ranks: 1 where twice the ranks take half the time. None of equal ones."""
+        """Ratio over the ratio of ranks: 1 where twice the ranks take half the time. None of equal ones."""
         if self.interval is None or self.nproc[0] == self.nproc[1]:
             return None
         return self.interval.ratio * self.nproc[0] / self.nproc[1]
