@@ -181,6 +181,7 @@ def connect(opening: Open, scratch: Path, timeout_s: float) -> Channel:
     return kind(opening, scratch, timeout_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workload", "counter"),
     [
@@ -249,6 +250,7 @@ def assert_gone(processes: Sequence[psutil.Process], within_s: float = 15.0) -> 
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
+@pytest.mark.slow
 def test_ranks_answer_as_one_and_end_with_the_channel(start: Start) -> None:
     channel = start()
     answer(channel, Opened)
@@ -264,6 +266,7 @@ def test_ranks_answer_as_one_and_end_with_the_channel(start: Start) -> None:
     assert_gone(ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_is_killed_ends_the_case_and_is_named(start: Start, rank: int) -> None:
     channel = start()
@@ -276,6 +279,7 @@ def test_rank_that_is_killed_ends_the_case_and_is_named(start: Start, rank: int)
     assert_gone(ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("do", "status", "said"),
     [
@@ -295,6 +299,7 @@ def test_rank_that_fails_alone_does_not_hang_the_others(
     assert_gone(ranks)
 
 
+@pytest.mark.slow
 def test_rank_that_hangs_times_out_and_none_survives(start: Start) -> None:
     channel = start("hang", timeout_s=25.0)
     answer(channel, Opened)
@@ -304,6 +309,7 @@ def test_rank_that_hangs_times_out_and_none_survives(start: Start) -> None:
     assert_gone(ranks)
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_a_session_that_is_killed(tmp_path: Path) -> None:
     """One rank hangs, the other waits for it in a collective: neither would ever read its pipe's end."""
     (tmp_path / "sitecustomize.py").write_text(FAULT)
