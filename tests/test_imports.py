@@ -58,6 +58,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "channel": CORE,
     "session": (*CORE, "worker"),  # the latter for `--isolation inline` only
     "worker": CORE,
+    "ranks": (*CORE, "worker"),
     "doctor": (*CORE, "report", "session"),
     "show": (*CORE, "report", "session"),
     "report": ("errors", "observer", "measure.record", "measure.stats", "measure.store", "measure.verdict"),

@@ -195,7 +195,7 @@ def test_claim_that_did_not_hold_voids_the_samples(reply: Finished, status: Stat
 
 
 def test_sample_that_beats_its_physical_floor_is_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "floors_ns", lambda _work, _ceilings: {"step": 1e5})
+    monkeypatch.setattr(device, "floors_ns", lambda *_: {"step": 1e5})
     records = play(Stage(step_ns={"b": 1e3})).records
     assert statuses(records) == [(0, "a", "partner_failed"), (0, "b", "implausible")]
 

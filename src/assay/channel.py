@@ -85,20 +85,29 @@ class ProcessChannel:
     """`python -m assay.worker` under the arm's interpreter, environment and folder.
 
     The worker leads a process group of its own, so that Ctrl-C reaches only the session, and ends when its
-    pipe does. What it prints goes to a log in the scratch folder.
+    pipe does. What it prints goes to a log in the scratch folder. An arm of several ranks is `python -m
+    assay.ranks`, behind pipes that have names, in a folder of its own.
     """
 
     def __init__(self, arm: Arm, scratch: Path, timeout_s: float) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._python = arm.python or sys.executable
-        self._log = scratch / f"worker-{os.urandom(4).hex()}.log"
-        request_out, self._to = os.pipe()
-        self._from, reply_in = os.pipe()
+        name = os.urandom(4).hex()
+        self._log = scratch / f"worker-{name}.log"
+        self._folder: Path | None = None
+        if arm.nproc > 1:
+            self._folder = scratch / f"ranks-{name}"
+            self._folder.mkdir()
+        request_out, self._to = _pipe(self._folder, "requests")
+        self._from, reply_in = _pipe(self._folder, "replies")
+        arguments = ["assay.worker", str(request_out), str(reply_in)]
+        if self._folder:
+            arguments = ["assay.ranks", "launch", str(self._folder), str(arm.nproc)]
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [self._python, "-m", "assay.worker", str(request_out), str(reply_in)],
+                    [self._python, "-m", *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -147,8 +156,10 @@ class ProcessChannel:
             raise WorkerError("timeout", f"no answer within --timeout {self._timeout_s:g} s")
         return os.read(self._from, size)
 
-    def _died(self) -> WorkerError | Unavailable:
+    def _died(self) -> WorkerError | Unavailable | UsageError:
         self._leave()  # the pipe has ended; threads of the arm's own may keep the process
+        if told := self._told():
+            return failure(told)
         code = self._process.returncode
         tail = _last_line(self._log)
         if "ModuleNotFoundError" in tail and self._python != sys.executable:
@@ -162,6 +173,14 @@ class ProcessChannel:
             hint = ", perhaps by the system for lack of memory" if name == "SIGKILL" else ""
             return WorkerError("killed", f"the worker was ended by {name}{hint}")
         return WorkerError("crashed", f"the worker exited with {code}: {tail}")
+
+    def _told(self) -> Failure | None:
+        """What failed on a rank that could not answer, where ranks left word of it."""
+        if self._folder is None or not (self._folder / "failure").exists():
+            return None
+        with (self._folder / "failure").open("rb") as file:
+            reply = self._decoder.decode(read_frame(file.read))
+        return reply if isinstance(reply, Failure) else None
 
     def close(self) -> None:
         """Close the pipes; a worker that does not leave by itself is killed with its children."""
@@ -181,6 +200,17 @@ class ProcessChannel:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def _pipe(folder: Path | None, name: str) -> tuple[int, int]:
+    """A pipe's ends to read from and to write to; in a folder it has a name, by which others open it too."""
+    if folder is None:
+        return os.pipe()
+    os.mkfifo(folder / name)
+    source = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK)  # else it waits for someone to write
+    sink = os.open(folder / name, os.O_WRONLY)
+    os.set_blocking(source, True)
+    return source, sink
 
 
 def _environment(arm: Arm, scratch: Path) -> dict[str, str]:

@@ -154,7 +154,7 @@ _SPLIT = re.compile(r"\s*,\s*")
 
 
 def parse_arm(text: str) -> Arm:
-    """`fused[compile=false,env.OMP_NUM_THREADS=1,python=../b/bin/python,cwd=../b]` -> Arm.
+    """`fused[compile=false,env.OMP_NUM_THREADS=1,python=../b/bin/python,cwd=../b,nproc=2]` -> Arm.
 
     Raises UsageError that shows the expected form.
     """
@@ -174,7 +174,7 @@ def parse_arm(text: str) -> Arm:
         seen.add(key)
         if key.startswith("env."):
             env[key.removeprefix("env.")] = value
-        elif key in ("python", "cwd"):
+        elif key in ("python", "cwd", "nproc"):
             place[key] = value
         else:
             options[key] = parse_scalar(value)
@@ -185,7 +185,15 @@ def parse_arm(text: str) -> Arm:
         env=env,
         python=_interpreter(place.get("python")),
         cwd=_folder(place.get("cwd")),
+        nproc=_ranks(place.get("nproc", "1")),
     )
+
+
+def _ranks(text: str) -> int:
+    value = parse_scalar(text)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError("nproc= is not a number of processes", expected="a whole number from 1", got=text)
+    return value
 
 
 def _interpreter(text: str | None) -> str | None:

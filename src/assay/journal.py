@@ -30,6 +30,7 @@ from assay.measure.record import (
     SampleLine,
     Scalar,
     Status,
+    devices,
     record_id,
 )
 from assay.measure.store import RunStore, completed, latest, read_records
@@ -222,7 +223,7 @@ class Journal:
             laps_ns={p: [t.laps_ns.get(p, []) for t in timings] for p in laps},
             summary={p: stats.describe(s) for p, s in samples.items()},
             work=built.work,
-            floor_ns=self.floors(built),
+            floor_ns=self.floors(built, pair.case, arm),
             ceilings=self._ceilings.flat() if self._ceilings else {},
             memory=launch.memory[arm.name],
             cold=built.cold,
@@ -233,9 +234,12 @@ class Journal:
             model=built.model,
         )
 
-    def floors(self, built: Built) -> dict[str, float]:
-        """Physical floors of the phases, ns, from this machine's measured ceilings; empty without them."""
-        return device.floors_ns(built.work, self._ceilings)
+    def floors(self, built: Built, case: Case, arm: Arm) -> dict[str, float]:
+        """Physical floors of the phases, ns, from this machine's measured ceilings; empty without them.
+
+        Several devices share the work, and have as many caches.
+        """
+        return device.floors_ns(built.work, self._ceilings, devices(case, arm))
 
     def _method(self, ready: Ready, launch: Launch) -> Method:
         return Method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,10 +116,10 @@ def _arms(config: RunConfig) -> list[Arm]:
     arms: list[Arm] = []
     given = [parse_arm(text) for text in config.arms]
     for place, arm in enumerate(given):
-        if config.isolation == "inline" and (arm.python or arm.env or arm.cwd):
+        if config.isolation == "inline" and (arm.python or arm.env or arm.cwd or arm.nproc > 1):
             raise UsageError(
                 f"arm '{arm.name}' asks for a process of its own",
-                expected="no python=, env. or cwd= under --isolation inline",
+                expected="no python=, env., cwd= or nproc= under --isolation inline",
                 remedy="leave out --isolation inline",
             )
         same = sum(earlier.name == arm.name for earlier in given[:place])
@@ -127,12 +128,31 @@ def _arms(config: RunConfig) -> list[Arm]:
             raise UsageError(f"arm '{target}' names no builder", expected=f"{target}:NAME")
         if plugins.is_target(target):
             _check_target(target, arm.cwd)
+        if arm.nproc > 1:
+            _check_ranks(arm, config)
         options = dict(arm.options)
         if not plugins.is_target(target):
             options = resolve_options(plugins.find("variants", target), arm, config)
         name = f"{arm.name}#{same + 1}" if same else arm.name
         arms.append(msgspec.structs.replace(arm, name=name, target=target, options=options))
     return arms
+
+
+def _check_ranks(arm: Arm, config: RunConfig) -> None:
+    """Several ranks are for the variants that have the option `nproc`, on as many devices."""
+    takes = not plugins.is_target(arm.target) and "nproc" in plugins.find("variants", arm.target).options
+    if not takes:
+        raise UsageError(
+            f"arm '{arm.name}' cannot run as several processes",
+            expected="nproc= of one of the built-in decoders",
+            got=f"nproc={arm.nproc}",
+        )
+    if re.fullmatch(r"cuda:\d+", config.device):
+        raise UsageError(
+            f"arm '{arm.name}' needs {arm.nproc} devices",
+            expected="--device cuda or cpu",
+            got=f"--device {config.device}",
+        )
 
 
 def _check_target(target: str, cwd: str | None) -> None:
@@ -153,7 +173,8 @@ def _check_target(target: str, cwd: str | None) -> None:
 def resolve_options(variant: Variant, arm: Arm, config: RunConfig | None = None) -> dict[str, Scalar]:
     """The variant's defaults, under the run's compile flags, under the arm's own options.
 
-    Raises UsageError with the nearest name or the choices.
+    A variant that can run as several ranks has the option `nproc`: the arm's own. Raises UsageError with
+    the nearest name or the choices.
     """
     for key, value in arm.options.items():
         known = variant.options.get(key)
@@ -172,6 +193,8 @@ def resolve_options(variant: Variant, arm: Arm, config: RunConfig | None = None)
     flags: dict[str, Scalar] = {}
     if config is not None:  # the flag takes compiling away; it gives none to an arm that has none
         flags = {"compile_mode": config.compile_mode} | ({} if config.compile else {"compile": False})
+    if "nproc" in variant.options:
+        arm = msgspec.structs.replace(arm, options={**arm.options, "nproc": arm.nproc})
     return {name: arm.options.get(name, flags.get(name, o.default)) for name, o in variant.options.items()}
 
 

@@ -344,7 +344,7 @@ class _Session:
             return Status.INVALID, finished.void
         built = launch.built[arm.name]
         samples = phase_samples(launch.timings(pair, arm), built.phases)
-        beaten = validity.implausible_reason(samples, self.journal.floors(built))
+        beaten = validity.implausible_reason(samples, self.journal.floors(built, pair.case, arm))
         if beaten:
             return Status.IMPLAUSIBLE, beaten
         return (Status.INTERRUPTED, "stopped by the user") if self.interrupted else (Status.OK, "")
@@ -352,7 +352,8 @@ class _Session:
     # -- before the launches ----------------------------------------------------------------------
 
     def _make_oracle(self, case: Case) -> OracleMade:
-        baseline = self.plan.arms[0]
+        """Asked of the first arm as one process: what several ranks do is held against it like all else."""
+        baseline = msgspec.structs.replace(self.plan.arms[0], nproc=1)
         self.observer.doing(case, baseline.name, "making the oracle")
         budget = CUDA_GATE_FLOPS if case.device.startswith("cuda") else CPU_GATE_FLOPS
         with contextlib.closing(self._open(case, baseline)) as channel:

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ from assay.wire import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Runner", "main"]
+__all__ = ["Runner", "as_failure", "import_torch", "main", "open_runner"]
 
 STAGES = {"before": 1, "after": 2}  # input streams of the gate
 PARAMETER_DTYPE = {"bf16": "bfloat16", "fp16": "float16"}  # the others keep float32 weights
@@ -73,12 +73,26 @@ def at_seed(case: Case, more: int) -> Case:
 
 
 class Runner:
-    """Answers the session's requests for one arm. Holds the built system from Build to close."""
+    """Answers the session's requests for one arm. Holds the built system from Build to close.
 
-    def __init__(self, opened: Open, variant: Variant, workload: Workload) -> None:
+    One of several ranks (ranks.py) has a clock that all of them share, and `agreed` is true on every rank
+    where it is asked with true on any: what depends on it may then wait for the others.
+    """
+
+    def __init__(
+        self,
+        opened: Open,
+        variant: Variant,
+        workload: Workload,
+        *,
+        make_clock: Callable[[str], clock.Clock] = clock.for_device,
+        agreed: Callable[[bool], bool] = bool,
+    ) -> None:
         self.case, self.arm = opened.case, opened.arm
         self.scratch, self.weights = Path(opened.scratch), opened.weights
         self.variant, self.workload = variant, workload
+        self.import_s = 0.0
+        self._make_clock, self._agreed = make_clock, agreed
         self._stack = ExitStack()
         self._system: Any = None
         self._trial: Trial | None = None
@@ -262,7 +276,8 @@ class Runner:
             )
             skipped = {text.partition(":")[0] for text in made.not_applicable}
             figures += [f for f in self._probe(system, case) if f.quantity not in skipped]
-            layer = "" if all(f.passed for f in figures) else self._first_layer(system, trial, oracle)
+            failed = self._agreed(not all(f.passed for f in figures))
+            layer = self._first_layer(system, trial, oracle) if failed else ""
         return Gated(figures=gate.worst(figures), layer=layer)
 
     def _probe(self, system: Any, case: Case) -> list[Figure]:
@@ -289,14 +304,14 @@ class Runner:
             raise UsageError(f"the weights of '{self.arm.name}' are not shared", got=differing[0].note)
         trial = self.workload.prepare(system, self.case)
         self._trial, built = trial, time.perf_counter()
-        ticker = clock.for_device(self.case.device)
+        ticker = self._make_clock(self.case.device)
         trial.reset()
         trial.step(clock.ignore)
         ticker.synchronize()
         called = time.perf_counter()
         self._sampler = Sampler(trial, ticker)
         return Built(
-            cold=Cold(import_s=IMPORT_S, build_s=built - begin, first_call_s=called - built),
+            cold=Cold(import_s=self.import_s, build_s=built - begin, first_call_s=called - built),
             phases=list(trial.phases),
             work=dict(trial.work),
             model=dict(system.describe()) if hasattr(system, "describe") else {},
@@ -571,10 +586,12 @@ def as_failure(error: Exception, arm: str) -> Failure:
     return Failure(status="error", reason=f"'{arm}' raised {type(error).__name__}: {text}")
 
 
-IMPORT_S = 0.0
-
-
-def open_runner(request: Open) -> Runner:
+def open_runner(
+    request: Open,
+    *,
+    make_clock: Callable[[str], clock.Clock] = clock.for_device,
+    agreed: Callable[[bool], bool] = bool,
+) -> Runner:
     """Resolve the arm and the workload by name. Raises UsageError or Unavailable."""
     device.resolve(request.case.device)
     device.check_dtype(request.case.device, request.case.dtype)
@@ -582,7 +599,7 @@ def open_runner(request: Open) -> Runner:
     variant: Variant = plugins.find_variant(request.arm.target)
     for name in variant.requires:
         _require(name, request)
-    return Runner(request, variant, workload)
+    return Runner(request, variant, workload, make_clock=make_clock, agreed=agreed)
 
 
 def _require(name: str, request: Open) -> None:
@@ -594,7 +611,7 @@ def _require(name: str, request: Open) -> None:
         raise Unavailable(f"'{arm}' needs {name}", f"{sys.executable} -m pip install {name}")
 
 
-def _import_torch() -> None:
+def import_torch() -> None:
     """Import it, to be timed apart from the arm's own imports. Raises Unavailable where it is missing."""
     try:
         import torch  # noqa: F401  (imported for its effect)
@@ -606,7 +623,6 @@ def _import_torch() -> None:
 
 def main() -> None:
     """Serve one session over the two pipe ends given as arguments, until the pipe ends."""
-    global IMPORT_S  # measured once, at the start of the process
     source, sink = (int(a) for a in sys.argv[1:3])
     if os.getcwd() not in sys.path:  # noqa: PTH109  (the arm's own folder comes first, as for `python -m`)
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
@@ -626,12 +642,12 @@ def main() -> None:
     begin = time.perf_counter()
     runner: Runner | None = None
     try:
-        _import_torch()
+        import_torch()
         runner = open_runner(opening)
         if runner.arm.options.get("compile"):
             importlib.import_module("torch._inductor.compile_fx")  # seconds, while other workers start too
-        IMPORT_S = time.perf_counter() - begin
-        send(Opened(import_s=IMPORT_S))
+        runner.import_s = time.perf_counter() - begin
+        send(Opened(import_s=runner.import_s))
     except Exception as e:
         traceback.print_exc()
         send(as_failure(e, opening.arm.name))

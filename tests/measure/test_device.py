@@ -130,6 +130,12 @@ def test_what_was_not_measured_gives_no_floor() -> None:
     }
 
 
+def test_several_devices_share_the_work_and_add_their_caches() -> None:
+    alone = Work(tokens=3, flops=1e9, bytes=1e6, working_set_bytes=1e9, matmul_dtype="float32")
+    whole = Work(tokens=3, flops=4e9, bytes=4e6, working_set_bytes=4e9, matmul_dtype="float32")
+    assert floors_ns({"step": whole}, CEILINGS, 4) == floors_ns({"step": alone}, CEILINGS)
+
+
 @given(*[st.floats(1, 1e15)] * 3)
 def test_a_sample_at_the_measured_ceilings_is_never_below_its_floor(
     flops: float, count: float, working_set: float

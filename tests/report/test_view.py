@@ -32,6 +32,22 @@ def test_achieved_share_is_work_over_time_over_the_measured_ceiling() -> None:
     assert arm.share("forward").mfu is None  # nobody stated the work of the phase
 
 
+def test_ceilings_of_several_gpus_add_up_and_those_of_one_cpu_do_not() -> None:
+    arm = VIEWS[0].arms[0]
+    alone = arm.share().mfu
+    assert alone is not None
+    for where, expected in (("cuda", alone / 4), ("cpu", alone)):
+        records = [
+            msgspec.structs.replace(
+                r,
+                case=msgspec.structs.replace(r.case, device=where),
+                arm=msgspec.structs.replace(r.arm, nproc=4),
+            )
+            for r in arm.measured
+        ]
+        assert ArmView(name=BASELINE, records=tuple(records)).share().mfu == pytest.approx(expected)
+
+
 def test_share_is_unknown_where_the_ceiling_was_not_measured() -> None:
     bare = [msgspec.structs.replace(r, ceilings={}) for r in VIEWS[0].arms[0].measured]
     assert ArmView(name=BASELINE, records=tuple(bare)).share().mfu is None

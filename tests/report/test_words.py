@@ -59,6 +59,17 @@ def test_same_names_the_margin_and_unknown_names_the_launches_it_would_take() ->
     assert "undecided: ratio 1.03 [0.97, 1.10]" in words.sentence(unknown)
 
 
+def test_scaling_efficiency_stands_beside_the_ratio_of_arms_that_differ_in_ranks() -> None:
+    assert FASTER.interval
+    more = msgspec.structs.replace(FASTER, nproc=(1, 2))
+    assert more.scaling_efficiency == FASTER.interval.ratio / 2
+    share = words.share(FASTER.interval.ratio / 2)
+    assert words.sentence(more) == f"{words.sentence(FASTER)}; scaling efficiency {share} from 1 rank to 2"
+    fewer = msgspec.structs.replace(FASTER, nproc=(4, 2))
+    assert fewer.scaling_efficiency == FASTER.interval.ratio * 2
+    assert msgspec.structs.replace(FASTER, nproc=(2, 2)).scaling_efficiency is None
+
+
 def test_no_ratio_gives_its_reason_or_the_arm_that_failed() -> None:
     bare = msgspec.structs.replace(FASTER, verdict=None, interval=None, other_status=Status.GATE_FAILED)
     assert words.sentence(bare) == "no ratio: fused gate_failed"

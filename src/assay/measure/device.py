@@ -308,10 +308,16 @@ def _cache_bytes(device: str) -> int | None:
 # ---- floors -----------------------------------------------------------------------------------------------
 
 
-def floors_ns(work: Mapping[str, Work], ceilings: Ceilings | None) -> dict[str, float]:
-    """Phase -> its floor, where one can be stated."""
-    floors = {phase: floor_ns(each, ceilings) for phase, each in work.items()}
+def floors_ns(work: Mapping[str, Work], ceilings: Ceilings | None, devices: int = 1) -> dict[str, float]:
+    """Phase -> its floor, where one can be stated; on several equal devices, each with its share."""
+    floors = {phase: floor_ns(_share(each, devices), ceilings) for phase, each in work.items()}
     return {phase: floor for phase, floor in floors.items() if floor is not None}
+
+
+def _share(work: Work, devices: int) -> Work:
+    """What each of several devices must do at the least."""
+    parts = {name: getattr(work, name) for name in ("flops", "bytes", "working_set_bytes")}
+    return msgspec.structs.replace(work, **{n: v / devices for n, v in parts.items() if v is not None})
 
 
 def floor_ns(work: Work, ceilings: Ceilings | None) -> float | None:

@@ -31,6 +31,7 @@ __all__ = [
     "Status",
     "Summary",
     "Work",
+    "devices",
 ]
 
 SCHEMA = 1
@@ -100,7 +101,8 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True):
     """One variant with its options, placed in a comparison.
 
     `target` is a variant's name, `pkg.module:build` or `path/file.py:build`. `python`, `env` and `cwd` are
-    the worker's interpreter, extra environment variables and folder.
+    the worker's interpreter, extra environment variables and folder; `nproc` is how many processes (ranks)
+    it is, each with a device of its own on CUDA.
     """
 
     name: str
@@ -109,9 +111,15 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True):
     python: str | None = None
     env: dict[str, str] = {}
     cwd: str | None = None
+    nproc: int = 1
 
     def __hash__(self) -> int:
         return hash(canonical(self))
+
+
+def devices(case: Case, arm: Arm) -> int:
+    """How many devices an arm works on: a GPU a rank; on the CPU all ranks share the one machine."""
+    return arm.nproc if case.device.startswith("cuda") else 1
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +176,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     rss_mib: float | None = None
     rss_peak_mib: float | None = None
     phases: dict[str, PhaseMemory] = {}
+    ranks_peak_mib: list[float] = []  # of several ranks, each one's peak; the rest is of the largest
 
 
 class Cold(msgspec.Struct, frozen=True, kw_only=True):

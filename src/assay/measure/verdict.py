@@ -104,6 +104,14 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     more_launches: int | None = None  # further launches for a verdict, where it is unknown
     memory: MemoryComparison | None = None
     narrowing: list[tuple[int, float, float, float]] = []  # blocks so far, ratio, low, high
+    nproc: tuple[int, int] = (1, 1)  # ranks of the baseline and of the other arm
+
+    @property
+    def scaling_efficiency(self) -> float | None:
+        """Ratio over the ratio of ranks: 1 where twice the ranks take half the time. None of equal ones."""
+        if self.interval is None or self.nproc[0] == self.nproc[1]:
+            return None
+        return self.interval.ratio * self.nproc[0] / self.nproc[1]
 
 
 _BARRED = (Status.GATE_FAILED, Status.PROOF_FAILED, Status.IMPLAUSIBLE, Status.INVALID)
@@ -249,6 +257,7 @@ def _judged(bare: Comparison, used: list[_Launch], rules: _Rules) -> Comparison:
         more_launches=step.more_launches() if verdict is Verdict.UNKNOWN else None,
         memory=_memory(bare, used),
         narrowing=step.narrowing(),
+        nproc=(used[0][bare.baseline].arm.nproc, used[0][bare.other].arm.nproc),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from assay.measure.record import Case, Cold, Environment, Figure, Method, Record, Status
+from assay.measure.record import Case, Cold, Environment, Figure, Method, Record, Status, devices
 from assay.measure.verdict import Comparison
 
 __all__ = [
@@ -53,6 +53,7 @@ class Share:
     """Achieved share of this machine's measured ceilings; None where work or ceiling is unknown.
 
     mfu = FLOPs / (median time x matrix rate of the work's dtype); mbu = bytes / (median time x copy rate).
+    The ceilings of several devices add up.
     """
 
     mfu: float | None
@@ -96,7 +97,9 @@ class ArmView:
         ns = self.median_ns(phase)
         if not ns or phase not in self.measured[0].work:
             return Share(mfu=None, mbu=None)
-        work, ceilings = self.measured[0].work[phase], self.measured[0].ceilings
+        first = self.measured[0]
+        work, ceilings = first.work[phase], first.ceilings
+        ns *= devices(first.case, first.arm)
         return Share(
             mfu=_share(work.flops, ns, ceilings.get(f"matmul_{work.matmul_dtype}_flops_per_s")),
             mbu=_share(work.bytes, ns, ceilings.get("copy_bytes_per_s")),

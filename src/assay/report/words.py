@@ -122,7 +122,12 @@ def verdict_word(comparison: Comparison) -> str:
 
 def _support(comparison: Comparison, interval: Interval) -> str:
     launches = comparison.scope or count(comparison.launches, "launch", "launches")
-    return f"({confidence(comparison, interval)}, {launches}, {count(comparison.blocks, 'block')})"
+    said = f"({confidence(comparison, interval)}, {launches}, {count(comparison.blocks, 'block')})"
+    efficiency = comparison.scaling_efficiency
+    if efficiency is None:
+        return said
+    base, other = comparison.nproc
+    return f"{said}; scaling efficiency {share(efficiency)} from {count(base, 'rank')} to {other}"
 
 
 def sentence(comparison: Comparison) -> str:

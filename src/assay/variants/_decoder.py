@@ -33,6 +33,9 @@ _MODE = Option(
     default="default", help="torch.compile's mode", choices=("default", "reduce-overhead", "max-autotune")
 )
 
+# Given as the arm's own nproc=, which starts as many processes.
+_NPROC = Option(default=1, help="processes, each on a device of its own", minimum=1)
+
 
 def rung(name: str, summary: str, defaults: Mapping[str, Scalar], requires: tuple[str, ...] = ()) -> Variant:
     """An arm of the ladder: the plainest decoder with other defaults for some ingredients."""
@@ -43,7 +46,8 @@ def rung(name: str, summary: str, defaults: Mapping[str, Scalar], requires: tupl
         options[ingredient] = Option(default=default, help=meaning, choices=allowed)
 
     def parts(case: Case, chosen: Options) -> Parts:
-        return recipe(case, {key: chosen.get(key, option.default) for key, option in options.items()})
+        given = {key: chosen.get(key, option.default) for key, option in options.items()}
+        return recipe(case, given, _ranks(chosen))
 
     def build(case: Case, chosen: Options) -> LanguageModel:
         from assay.systems.decoder.build import build_decoder
@@ -59,17 +63,22 @@ def rung(name: str, summary: str, defaults: Mapping[str, Scalar], requires: tupl
             device=case.device,
             seed=case.seed,
             cuda_graph=made.cuda_graph if own else made.cuda_graph or None,
+            spread="" if _ranks(chosen) == 1 else "sharded" if case.workload == "train" else "tensor",
         )
 
     def check(case: Case, chosen: Options) -> None:
         check_params(case.params)
+        check_ranks(case, _ranks(chosen))
         parts(case, chosen)
 
     return Variant(
         summary=summary,
         build=build,
-        options=options,
-        claims=lambda case, chosen: claims(case, parts(case, chosen)),
+        options={**options, "nproc": _NPROC},
+        claims=lambda case, chosen: [
+            *claims(case, parts(case, chosen)),
+            *ranks_claims(case, _ranks(chosen)),
+        ],
         requires=requires,
         oracle=oracle,
         workloads=("train", "infer", "generate"),
@@ -84,8 +93,33 @@ def oracle(case: Case) -> LanguageModel:
     return build_reference(str(case.params["shape"]), dtype=case.dtype, device=case.device, seed=case.seed)
 
 
-def recipe(case: Case, options: Options) -> Parts:
+def _ranks(options: Options) -> int:
+    return int(options.get("nproc", 1))
+
+
+def check_ranks(case: Case, ranks: int) -> None:
+    """Raise UsageError where the case's work cannot be divided evenly among the ranks."""
+    config = resolve(str(case.params["shape"])).config
+    if case.workload == "train":
+        shared = {"batch_size": int(case.params["batch_size"])}
+    else:
+        shared = {
+            "num_key_value_heads": config.num_key_value_heads,
+            "intermediate_size": config.intermediate_size,
+        }
+    for name, size in shared.items():
+        if size % ranks:
+            raise UsageError(
+                f"nproc={ranks} does not divide {name} of '{case.workload}'",
+                expected=f"a divisor of {size}",
+                got=ranks,
+            )
+
+
+def recipe(case: Case, options: Options, ranks: int = 1) -> Parts:
     """The recipe that options mean in a case. Raises UsageError for ingredients that do not go together."""
+    if ranks > 1:
+        options = _on_ranks(options, ranks)
     cuda, generates = case.device.startswith("cuda"), case.workload == "generate"
     compiled = bool(options["compile"])
     chosen = dict(options)
@@ -106,6 +140,14 @@ def recipe(case: Case, options: Options) -> Parts:
             remedy="compile=true, or cuda_graph=false",
         )
     return made
+
+
+def _on_ranks(options: Options, ranks: int) -> Options:
+    """Without what several ranks do not have: merged weights, which are not split as one, and CUDA graphs."""
+    for name in ("merged", "cuda_graph"):
+        if options[name] is True:
+            raise UsageError(f"{name}=true needs one process", got=f"nproc={ranks}", remedy=f"{name}=false")
+    return {**options, "merged": False, "cuda_graph": False}
 
 
 def _flops(case: Case) -> float:
@@ -145,6 +187,19 @@ def claims(case: Case, made: Parts) -> Sequence[Claim]:
         why = "projections are merged"
         found += [Claim(counter="merged_projections", comparison=">", value=0, why=why)]
     return found + (generation_claims(case, made.cache, made.cuda_graph) if generates else [])
+
+
+def ranks_claims(case: Case, ranks: int) -> list[Claim]:
+    """Of several ranks: they are there, and the model is spread over them."""
+    if ranks == 1:
+        return []
+    trains = case.workload == "train"
+    counter = "fsdp_sharded_parameters" if trains else "tensor_parallel_modules"
+    why = "weights are sharded over the ranks" if trains else "projections are split over the ranks"
+    return [
+        Claim(counter="world_size", comparison="==", value=ranks, why="as many ranks as asked for"),
+        Claim(counter=counter, comparison=">", value=0, why=why),
+    ]
 
 
 def _attention_claim(attention: str) -> Claim:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Literal
 
 import torch
 
@@ -30,18 +31,27 @@ def new_decoder(shape: Shape, *, seed: int, device: str, parts: Parts | str = "s
 
 
 def build_decoder(
-    shape: str, parts: Parts, *, name: str, dtype: str, device: str, seed: int, cuda_graph: bool | None = None
+    shape: str,
+    parts: Parts,
+    *,
+    name: str,
+    dtype: str,
+    device: str,
+    seed: int,
+    cuda_graph: bool | None = None,
+    spread: Literal["", "sharded", "tensor"] = "",
 ) -> ModuleLM:
     """Our decoder of a shape and a recipe as a language model.
 
-    `cuda_graph` is the recipe's, unless it is left to the compile mode. Raises Unavailable where the recipe
-    needs Liger's kernels and they cannot run.
+    `cuda_graph` is the recipe's, unless it is left to the compile mode. `spread` over the ranks of the
+    process group, its weights are sharded for training, or its layers are split in tensor parallel. Raises
+    Unavailable where the recipe needs Liger's kernels and they cannot run.
     """
     if parts.needs_liger:
         require_liger(device)
     resolved = resolve(shape)
     model, weights = new_decoder(resolved, seed=seed, device=device, parts=parts)
-    return ModuleLM(
+    return _kind(spread)(
         model,
         name=name,
         dtype=dtype,
@@ -52,6 +62,14 @@ def build_decoder(
         cuda_graph=cuda_graph,
         static_cache=parts.cache == "static",
     )
+
+
+def _kind(spread: str) -> type[ModuleLM]:
+    if not spread:
+        return ModuleLM
+    from assay.systems.decoder.parallel import ShardedLM, TensorParallelLM  # a second to import
+
+    return ShardedLM if spread == "sharded" else TensorParallelLM
 
 
 def require_liger(device: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -68,9 +68,14 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def load_strict(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, to: str, tied: Mapping[str, str] | None = None
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    *,
+    to: str,
+    tied: Mapping[str, str] | None = None,
+    copy: Callable[[Tensor, Tensor], object] = Tensor.copy_,
 ) -> None:
-    """Copy `given` into `own` by name. Nothing is written unless everything fits.
+    """Copy `given` into `own` by name, each by `copy`. Nothing is written unless everything fits.
 
     `tied` maps a second name to the name in `own`; given under both, the tensors must be equal. Raises
     UsageError that names the first three missing, extra or mis-shaped tensors; `to` says whose they are.
@@ -90,7 +95,7 @@ def load_strict(
     ]
     _refuse(to, "untied (its two names hold different values)", split)
     for name, tensor in own.items():
-        tensor.copy_(wanted[name])
+        copy(tensor, wanted[name])
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
