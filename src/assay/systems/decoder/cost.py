@@ -131,9 +131,7 @@ def _phase(like: Work, *, flops: float, moved: float) -> Work:
     )
 
 
-def _train(
-    config: DecoderConfig, batch: int, length: int, dtype: str, fused_loss: bool
-) -> dict[str, Work]:
+def _train(config: DecoderConfig, batch: int, length: int, dtype: str, fused_loss: bool) -> dict[str, Work]:
     widths, weights = _widths(dtype), weight_bytes(config, dtype)
     flops = forward_flops(config, batch, length - 1)
     base = Work(tokens=batch * length, samples=batch, matmul_dtype=widths.matmul)
