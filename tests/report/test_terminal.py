@@ -9,12 +9,12 @@ from tests.report.fixtures import BASELINE, Finished, case_of, finished, measure
 from tests.report.golden import assert_golden
 
 
-def summary(run: Finished, width: int = 80, colour: bool = False) -> str:
+def summary(run: Finished, width: int = 80, colour: bool = False, verbose: bool = False) -> str:
     out = io.StringIO()
     console = Console(
         file=out, width=width, force_terminal=colour, color_system="truecolor" if colour else None
     )
-    render_summary(run.records, run.comparisons, console)
+    render_summary(run.records, run.comparisons, console, verbose=verbose)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -22,9 +22,16 @@ def test_summary_at_80_columns_without_colour() -> None:
     assert_golden("summary.txt", summary(finished()))
 
 
+def test_verbose_adds_the_roofline_and_nothing_else() -> None:
+    plain, more = summary(finished()).splitlines(), summary(finished(), verbose=True)
+    added = [line for line in more.splitlines() if line not in plain]
+    assert_golden("roofline.txt", "\n".join(added) + "\n")
+    assert [line for line in more.splitlines() if line and line not in added] == [p for p in plain if p]
+
+
 def test_no_line_is_wider_than_the_terminal() -> None:
     for width in (80, 100, 120):
-        assert max(map(len, summary(finished(), width).splitlines())) <= width
+        assert max(map(len, summary(finished(), width, verbose=True).splitlines())) <= width
 
 
 def test_verdict_carries_colour_as_well_as_its_word() -> None:

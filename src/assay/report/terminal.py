@@ -19,7 +19,7 @@ __all__ = ["render_summary"]
 _STYLES = {"faster": "bold green", "slower": "bold red", "same": "bold cyan", "unknown": "bold yellow"}
 _NO_RATIO = "bold magenta"
 _NUMERIC = (
-    *("median", "peak MiB", "MFU", "MBU", "of its floor", "in kernels"),
+    *("median", "peak MiB", "MFU", "MBU", "x floor", "kernels"),
     *("build", "first call", "worst error", "limit"),
 )
 
@@ -98,7 +98,8 @@ def _table(*headers: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for header in headers:
         numeric = header in _NUMERIC
-        table.add_column(header, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        whole = numeric or header == "phase"
+        table.add_column(header, justify="right" if numeric else "left", no_wrap=whole, overflow="fold")
     return table
 
 
@@ -135,7 +136,7 @@ def _cost_table(view: CaseView) -> Table:
 
 def _roof_table(view: CaseView) -> Table:
     """Each phase against its floor; the long reports have the rates too."""
-    table = _table("phase", "arm", "median", "MFU", "MBU", "bound by", "of its floor", "in kernels", "note")
+    table = _table("phase", "arm", "median", "MFU", "MBU", "bound", "x floor", "kernels", "note")
     for p in facts.roof_points(view):
         table.add_row(
             words.phase(p.phase),
@@ -144,7 +145,7 @@ def _roof_table(view: CaseView) -> Table:
             words.share(p.mfu),
             words.share(p.mbu),
             p.bound or words.UNKNOWN,
-            words.distance(p.distance),
+            words.UNKNOWN if p.distance is None else words.distance(p.distance).removesuffix("x"),
             words.share(p.kernel_share),
             p.label,
         )
