@@ -37,6 +37,7 @@ _WIDTH = 640  # of a chart in a file, pixels
 _ROWS = {"ladder": ("label", 30), "launches": ("l", 24), "distribution": ("l", 34), "memory": ("phase", 34)}
 _HEIGHT = 200  # of a chart whose rows are not counted, pixels
 _TALL = {"roofline": 320, "lengths": 260, "batches": 260}
+_LEADING = "round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))"  # digit of a tick
 _TIME_AXIS = "format(datum.value, '~s') + 's'"
 
 
@@ -280,9 +281,12 @@ def _laps() -> Drawing:
 
 
 def _log(axis: type[alt.X] | type[alt.Y], field: str, title: str, label: str, base: int = 10) -> Any:
-    """A logarithmic axis; `label` spells a tick."""
-    spelled = alt.Axis(title=title, tickCount=5, grid=True, labelExpr=label)
-    return axis(f"{field}:Q", scale=alt.Scale(type="log", base=base, nice=False), axis=spelled)
+    """A logarithmic axis; `label` spells a tick. Decimal ones are labelled at 1, 2 and 5."""
+    if base == 10:
+        label = f"indexof([1, 2, 5], {_LEADING}) < 0 ? '' : {label}"
+    spelled = alt.Axis(title=title, tickCount=5, labelOverlap="greedy", labelExpr=label)
+    scale = alt.Scale(type="log", base=base, nice=False, padding=10)
+    return axis(f"{field}:Q", scale=scale, axis=spelled)
 
 
 def _roofline() -> Drawing:
@@ -290,7 +294,7 @@ def _roofline() -> Drawing:
     pick = _pick()
     colour, fading = _arm(pick)
     x = _log(alt.X, "x", "FLOPs a byte", "format(datum.value, '~s')")
-    y = _log(alt.Y, "y", "achieved", "format(datum.value, '~s') + 'FLOP/s'")
+    y = _log(alt.Y, "y", "achieved FLOP/s", "format(datum.value, '~s')")
     roofs = (
         _chart()
         .transform_filter("isValid(datum.roof)")

@@ -135,9 +135,13 @@ def _cost_table(view: CaseView) -> Table:
 
 
 def _roof_table(view: CaseView) -> Table:
-    """Each phase against its floor; the long reports have the rates too."""
-    table = _table("phase", "arm", "median", "MFU", "MBU", "bound", "x floor", "kernels", "note")
-    for p in facts.roof_points(view):
+    """Each phase against its floor; the long reports have the rates too. What no phase has is left out."""
+    points = facts.roof_points(view)
+    gaps = any(p.kernel_share is not None for p in points)
+    notes = any(p.label for p in points)
+    further = (*(["kernels"] if gaps else []), *(["note"] if notes else []))
+    table = _table("phase", "arm", "median", "MFU", "MBU", "bound", "x floor", *further)
+    for p in points:
         table.add_row(
             words.phase(p.phase),
             Text(p.arm),
@@ -146,8 +150,8 @@ def _roof_table(view: CaseView) -> Table:
             words.share(p.mbu),
             p.bound or words.UNKNOWN,
             words.UNKNOWN if p.distance is None else words.distance(p.distance).removesuffix("x"),
-            words.share(p.kernel_share),
-            p.label,
+            *([words.share(p.kernel_share)] if gaps else []),
+            *([p.label] if notes else []),
         )
     return table
 
