@@ -61,7 +61,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "ranks": (*CORE, "worker"),
     "doctor": (*CORE, "report", "session"),
     "show": (*CORE, "report", "session"),
-    "report": ("errors", "observer", "measure.record", "measure.stats", "measure.store", "measure.verdict"),
+    "report": (
+        *("errors", "observer", "measure.record", "measure.stats"),
+        *("measure.store", "measure.validity", "measure.verdict"),
+    ),
     "api": (*CORE, "alone", "report", "session", "worker"),
     "cli": (*CORE, "doctor", "show"),
     "__main__": ("cli",),

@@ -221,6 +221,7 @@ class Journal:
             samples_ns=samples,
             wall_ns=[t.wall_ns for t in timings],
             laps_ns={p: [t.laps_ns.get(p, []) for t in timings] for p in laps},
+            kernel_ns=finished.kernel_ns,
             summary={p: stats.describe(s) for p, s in samples.items()},
             work=built.work,
             floor_ns=self.floors(built, pair.case, arm),
@@ -271,6 +272,7 @@ class Journal:
             before=_readings(telemetry, "before.") | {"load_1m": self._load},
             after=_readings(telemetry, "after."),
             cores=finished.environment.cores,
+            kernel_ns=finished.kernel_ns.get("step"),
         )
         found = validity.warnings(facts)
         if not ready.warm_up.steady:

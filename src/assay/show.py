@@ -55,7 +55,7 @@ def show(records: Sequence[Record], folder: Path, output: str | None, *, verbose
     console = Console()
     if verbose:
         console.print(render_markdown(records, comparisons), soft_wrap=True, markup=False, highlight=False)
-    render_summary(records, comparisons, console)
+    render_summary(records, comparisons, console, verbose=verbose)
     paths = list(write_report(folder, records, comparisons, bundle=bundle))
     if output is not None:
         path = Path(output)

@@ -151,6 +151,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     disproved: list[str]
     void: str  # why the samples are void: compiled between them, or answered from memory
     operators: str  # digest of the profiled operators and their counts; empty without a profile
+    kernel_ns: dict[str, float] = {}  # phase -> time in which kernels ran; empty without a profile on CUDA
     environment: Environment
 
 

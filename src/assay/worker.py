@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from assay import gate, plan, plugins
 from assay.contracts import Case, Options, System, Trial, Variant, Workload
 from assay.errors import AssayError, Unavailable, UsageError
 from assay.measure import clock, device, environment, memory, validity
+from assay.measure.busy import busy_us
 from assay.measure.loop import Sampler
 from assay.measure.record import Cold, Figure, Memory, Scalar
 from assay.wire import (
@@ -60,6 +61,7 @@ STAGES = {"before": 1, "after": 2}  # input streams of the gate
 PARAMETER_DTYPE = {"bf16": "bfloat16", "fp16": "float16"}  # the others keep float32 weights
 DOUBLE_ORACLE_PARAMETERS = 5e8  # above, a low-precision case has a float32 oracle
 LARGE_ORACLE_BYTES = 1 << 30  # above, the oracle's float64 answers are stored in float32
+PHASE_END = "assay.end_of."  # names the events of a profile that end its phases
 
 
 def at(case: Case, dtype: str) -> Case:
@@ -373,7 +375,9 @@ class Runner:
         seen = environment.capture(self.case.device)
         telemetry = environment.around(self._before, seen.telemetry)
         counters: dict[str, Scalar] = dict(self._timed().proof())
-        operators = self._profile(counters) if profile and not self.variant.opaque else ""
+        operators, kernel_ns = "", dict[str, float]()
+        if profile and not self.variant.opaque:
+            operators, kernel_ns = self._profile(counters)
         claims = [
             c
             for c in self.variant.claims(self.case, self._options())
@@ -386,6 +390,7 @@ class Runner:
             disproved=gate.prove(claims, _with_zero_operators(counters, named, profile), self._counted),
             void=void or (self._remembered() if profile else None) or "",
             operators=operators,
+            kernel_ns=kernel_ns,
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
         )
 
@@ -414,23 +419,37 @@ class Runner:
         sampler = Sampler(self.workload.prepare(self._system, at_seed(case, 1)), ticker)
         return min(sampler.sample(lead_in=1).step_ns, sampler.sample(lead_in=0).step_ns)  # inputs rotate
 
-    def _profile(self, counters: dict[str, Scalar]) -> str:
-        """Count the operators of one more step as `ops.<name>`; returns a digest of names and counts."""
+    def _profile(self, counters: dict[str, Scalar]) -> tuple[str, dict[str, float]]:
+        """Count the operators of one more step as `ops.<name>`.
+
+        Returns a digest of names and counts, and on CUDA the time in which kernels ran by phase, ns. Each
+        phase ends synchronised here, so that its kernels are its own.
+        """
         import torch
-        from torch.profiler import ProfilerActivity, profile
+        from torch.profiler import ProfilerActivity, profile, record_function
 
         trial = self._timed()
         kinds = [ProfilerActivity.CPU]
-        if self.case.device.startswith("cuda") and torch.cuda.is_available():
+        cuda = self.case.device.startswith("cuda") and torch.cuda.is_available()
+        if cuda:
             kinds.append(ProfilerActivity.CUDA)
+        synchronize = clock.for_device(self.case.device).synchronize
+
+        def end(phase: str) -> None:
+            synchronize()
+            with record_function(PHASE_END + phase):
+                pass
+
         trial.reset()
         with profile(activities=kinds, acc_events=True) as run:
-            trial.step(clock.ignore)
-            clock.for_device(self.case.device).synchronize()
-        found = sorted((e.key, e.count) for e in run.key_averages())
+            trial.step(end if cuda else clock.ignore)
+            synchronize()
+        averages = [e for e in run.key_averages() if not e.key.startswith(PHASE_END)]
+        found = sorted((e.key, e.count) for e in averages)
         for name, count in found:
             counters[f"ops.{name}"] = count
-        return hashlib.sha256(repr(found).encode()).hexdigest()[:12] if found else ""
+        digest = hashlib.sha256(repr(found).encode()).hexdigest()[:12] if found else ""
+        return digest, kernel_times_ns(run.events())
 
     # -- helpers ----------------------------------------------------------------------------------
 
@@ -486,6 +505,23 @@ class Runner:
     def _ready(self) -> Sampler:
         assert self._sampler is not None, "Build comes first"
         return self._sampler
+
+
+def kernel_times_ns(events: Iterable[Any]) -> dict[str, float]:
+    """Phase -> ns in which a kernel or a copy ran, from a profile whose phases end in a PHASE_END event.
+
+    Empty where the profiler saw nothing of a device.
+    """
+    spans: list[tuple[float, float]] = []
+    marks: list[tuple[str, float]] = []
+    for event in events:
+        if event.name.startswith(PHASE_END):
+            if event.device_type.name == "CPU":
+                marks.append((event.name.removeprefix(PHASE_END), event.time_range.end))
+        elif event.device_type.name == "CUDA" and not event.is_user_annotation:
+            spans.append((event.time_range.start, event.time_range.end))
+    found = busy_us(spans, sorted(marks, key=lambda mark: mark[1]))
+    return {phase: round(1e3 * us, 1) for phase, us in found.items()}
 
 
 def _with_zero_operators(

@@ -58,6 +58,8 @@ def test_every_variant_passes_gate_and_proof_on_cuda(other: str, dtype: str, wor
         assert record.method.clock == "cuda"
         assert record.memory is not None
         assert record.memory.source == "cuda-allocator"
+        assert set(record.kernel_ns) == {*record.phases, "step"}
+        assert 0 < record.kernel_ns["step"] < 1.5 * record.summary["step"].median_ns
 
 
 def test_decoding_of_fused_replays_a_graph_in_a_worker_process() -> None:

@@ -113,12 +113,22 @@ def test_order_effect_needs_both_orders_and_a_real_difference() -> None:
     assert order_effect(times * 1.05, np.ones(N, dtype=bool)) is None
 
 
-def test_host_bound_compares_medians() -> None:
-    step = noise(4)
-    assert host_bound(step, 1.1 * step) is None
-    assert host_bound(step, 2 * step) == (
+def test_host_bound_by_the_hosts_time_or_by_the_gaps_between_kernels() -> None:
+    assert host_bound(10 * MS, 11 * MS, 9 * MS) is None
+    assert host_bound(10 * MS, None, None) is None
+    assert host_bound(10 * MS, 20 * MS, 9 * MS) == (
         "host-bound: a step takes 2.00 times as long on the host as on the device"
     )
+    assert host_bound(10 * MS, 10.1 * MS, 4 * MS) == (
+        "host-bound: kernels run in 40% of a step's device time, the rest waits"
+    )
+
+
+def test_host_bound_compares_medians_on_cuda_only() -> None:
+    step = noise(4)
+    waits = {"wall_ns": (1.1 * step).tolist(), "kernel_ns": 0.3 * MS}
+    assert [line.partition(":")[0] for line in warnings(facts(step, clock="cuda", **waits))] == ["host-bound"]
+    assert warnings(facts(step, **waits)) == []
 
 
 def test_coarse_clock_counts_inner_steps() -> None:

@@ -80,7 +80,17 @@ TIMES_MS = {
     "infer": {"forward": (305.0, 303.5)},
     "generate": {"prefill": (74.0, 61.0), "decode": (1480.0, 1890.0)},
 }
-FLOPS = {"train": 79e9, "infer": 26e9, "generate": 5.8e9}
+# Phase -> FLOPs and bytes that it must move.
+WORK = {
+    "train": {
+        "forward": (26e9, 4.9e7),
+        "backward": (53e9, 9.7e7),
+        "zero_grad": (0.0, 0.0),
+        "optimizer": (0.0, 3.4e8),
+    },
+    "infer": {"forward": (26e9, 4.9e7)},
+    "generate": {"prefill": (3.2e9, 4.9e7), "decode": (7.6e8, 1.5e9)},
+}
 TOKENS = {"train": 1024, "infer": 1024, "generate": 32}
 
 
@@ -324,14 +334,12 @@ def _summary(values: Sequence[float]) -> Summary:
 
 
 def _work(case: Case) -> dict[str, Work]:
-    whole = Work(
-        tokens=TOKENS[case.workload],
-        samples=2,
-        flops=FLOPS[case.workload],
-        bytes=4.9e7,
-        matmul_dtype="float32",
-    )
-    return {"step": whole}
+    stated = WORK[case.workload]
+    whole = tuple(sum(amounts) for amounts in zip(*stated.values(), strict=True))
+    return {
+        phase: Work(tokens=TOKENS[case.workload], samples=2, flops=flops, bytes=moved, matmul_dtype="float32")
+        for phase, (flops, moved) in {**stated, "step": whole}.items()
+    }
 
 
 def _memory(case: Case, side: int, launch: int) -> Memory:

@@ -3,17 +3,17 @@ import pytest
 
 from assay.measure.record import Record, Status
 from assay.report.facts import ceilings
+from assay.report.roofline import median
 from assay.report.view import (
     ArmView,
     case_views,
     environments,
     failures_of,
     gate_summary,
-    median,
     pair_records,
     warnings_of,
 )
-from tests.report.fixtures import BASELINE, ENVIRONMENT, FLOPS, OTHER, REFUSED, finished
+from tests.report.fixtures import BASELINE, ENVIRONMENT, OTHER, REFUSED, finished
 
 RUN = finished()
 VIEWS = case_views(RUN.records, RUN.comparisons)
@@ -28,8 +28,9 @@ def test_achieved_share_is_work_over_time_over_the_measured_ceiling() -> None:
     arm = VIEWS[0].arms[0]
     ns = arm.median_ns()
     assert ns is not None
-    assert arm.share().mfu == pytest.approx(FLOPS["train"] / (ns * 1e-9) / 118e9)
-    assert arm.share("forward").mfu is None  # nobody stated the work of the phase
+    assert arm.point().mfu == pytest.approx(79e9 / (ns * 1e-9) / 118e9)
+    assert arm.point("zero_grad").mfu is None  # it has no FLOPs
+    assert arm.stated == ("forward", "backward", "zero_grad", "optimizer", "step")
 
 
 def test_ceilings_of_several_gpus_add_up_and_those_of_one_cpu_do_not() -> None:
@@ -50,7 +51,7 @@ def test_ceilings_of_several_gpus_add_up_and_those_of_one_cpu_do_not() -> None:
 
 def test_share_is_unknown_where_the_ceiling_was_not_measured() -> None:
     bare = [msgspec.structs.replace(r, ceilings={}) for r in VIEWS[0].arms[0].measured]
-    assert ArmView(name=BASELINE, records=tuple(bare)).share().mfu is None
+    assert ArmView(name=BASELINE, records=tuple(bare)).point().mfu is None
 
 
 def test_ceilings_are_said_with_units() -> None:
@@ -59,7 +60,7 @@ def test_ceilings_are_said_with_units() -> None:
 
 def test_failed_arm_has_no_numbers() -> None:
     arm = VIEWS[0].arms[2]
-    assert (arm.median_ns(), arm.peak_mib, arm.cold, arm.share().mfu) == (None, None, None, None)
+    assert (arm.median_ns(), arm.peak_mib, arm.cold, arm.point().mfu) == (None, None, None, None)
 
 
 def test_an_arm_is_not_blamed_for_its_partner() -> None:

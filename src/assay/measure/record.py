@@ -270,6 +270,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     samples_ns: dict[str, list[float]] = {}  # phase -> one value a block
     wall_ns: list[float] = []  # host time of the same samples
     laps_ns: dict[str, list[list[float]]] = {}  # phase marked repeatedly -> its laps, per sample
+    kernel_ns: dict[str, float] = {}  # phase -> time in which kernels ran, in one profiled step on CUDA
     summary: dict[str, Summary] = {}
     work: dict[str, Work] = {}
     floor_ns: dict[str, float] = {}  # physical floor of a phase from measured ceilings, where known

@@ -39,6 +39,7 @@ class Facts:
     before: Mapping[str, Scalar] = field(default_factory=dict)  # environment.telemetry, before and after
     after: Mapping[str, Scalar] = field(default_factory=dict)
     cores: int = 1
+    kernel_ns: float | None = None  # of a step on CUDA in which kernels ran, where it was profiled
 
 
 def warnings(facts: Facts) -> list[str]:
@@ -46,7 +47,7 @@ def warnings(facts: Facts) -> list[str]:
     step_ns = np.asarray(facts.samples_ns["step"], dtype=np.float64)
     found = (
         few_blocks(len(step_ns)),
-        host_bound(step_ns, np.asarray(facts.wall_ns, dtype=np.float64)) if facts.clock == "cuda" else None,
+        _host_bound(step_ns, facts) if facts.clock == "cuda" else None,
         coarse_clock(step_ns, facts.inner, facts.resolution_ns),
         drift(step_ns),
         two_modes(step_ns),
@@ -116,11 +117,26 @@ def few_blocks(count: int) -> str | None:
 HOST_BOUND = 1.2  # beyond what launching and reading events adds to a device-bound step
 
 
-def host_bound(step_ns: Floats, wall_ns: Floats) -> str | None:
-    """The host took longer than the device: the figure is that of launching, not of the kernels."""
-    if not len(wall_ns) or (ratio := float(np.median(wall_ns) / np.median(step_ns))) <= HOST_BOUND:
-        return None
-    return f"host-bound: a step takes {ratio:.2f} times as long on the host as on the device"
+def host_bound(device_ns: float, wall_ns: float | None, kernel_ns: float | None) -> str | None:
+    """Why the figure is that of launching, not of the kernels: the host took longer, or the device waited.
+
+    `wall_ns` is the host's time of what took the device `device_ns`, `kernel_ns` the part of that in which
+    kernels ran; None where unknown.
+    """
+    if wall_ns is not None and wall_ns > HOST_BOUND * device_ns:
+        return (
+            f"host-bound: a step takes {wall_ns / device_ns:.2f} times as long on the host as on the device"
+        )
+    if kernel_ns is not None and device_ns > HOST_BOUND * kernel_ns:
+        return (
+            f"host-bound: kernels run in {kernel_ns / device_ns:.0%} of a step's device time, the rest waits"
+        )
+    return None
+
+
+def _host_bound(step_ns: Floats, facts: Facts) -> str | None:
+    wall_ns = float(np.median(facts.wall_ns)) if len(facts.wall_ns) else None
+    return host_bound(float(np.median(step_ns)), wall_ns, facts.kernel_ns)
 
 
 RESOLUTION_SHARE = 0.001  # a tenth of the 1% margin that verdicts are held against

@@ -26,11 +26,18 @@ _PAPER = {
     "--line": "#e1e5ea",
     "--base": "#8a94a3",
     "--other": "#0b62b0",
+    "--third": "#b8430e",
+    "--fourth": "#00735c",
+    "--fifth": "#8a5a00",
+    "--sixth": "#9c1f5c",
     "--band": "#dfe4ea",
 }
+_ARMS = ("--base", "--other", "--third", "--fourth", "--fifth", "--sixth")
 _WIDTH = 640  # of a chart in a file, pixels
 _ROWS = {"ladder": ("label", 30), "launches": ("l", 24), "distribution": ("l", 34), "memory": ("phase", 34)}
 _HEIGHT = 200  # of a chart whose rows are not counted, pixels
+_TALL = {"roofline": 320, "lengths": 260, "batches": 260}
+_LEADING = "round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))"  # digit of a tick
 _TIME_AXIS = "format(datum.value, '~s') + 's'"
 
 
@@ -58,13 +65,15 @@ def theme(name: Theme) -> Spec:
         },
         "axisY": {"domain": False, "ticks": False, "labelPadding": 6},
         "legend": {**text, "orient": "top", "title": None, "symbolStrokeWidth": 2, "offset": 6},
-        "range": {"category": [colour["--base"], colour["--other"]]},
+        "range": {"category": [colour[name] for name in _ARMS]},
         "style": {
             "band": {"color": colour["--band"]},
             "one": {"color": colour["--ink"], "strokeDash": [3, 3]},
             "ratio": {"color": colour["--other"], "strokeWidth": 2},
             "cloud": {"color": colour["--other"], "fillOpacity": 0.2},
             "dot": {"color": colour["--other"], "size": 70},
+            "roof": {"color": colour["--ink"], "strokeWidth": 1.5},
+            "floor": {"color": colour["--ink"], "strokeWidth": 1.5, "strokeDash": [5, 4]},
         },
     }
 
@@ -271,6 +280,79 @@ def _laps() -> Drawing:
     return area + line.add_params(pick)
 
 
+def _log(axis: type[alt.X] | type[alt.Y], field: str, title: str, label: str, base: int = 10) -> Any:
+    """A logarithmic axis; `label` spells a tick. Decimal ones are labelled at 1, 2 and 5."""
+    if base == 10:
+        label = f"indexof([1, 2, 5], {_LEADING}) < 0 ? '' : {label}"
+    spelled = alt.Axis(title=title, tickCount=5, labelOverlap="greedy", labelExpr=label)
+    scale = alt.Scale(type="log", base=base, nice=False, padding=10)
+    return axis(f"{field}:Q", scale=scale, axis=spelled)
+
+
+def _roofline() -> Drawing:
+    """Achieved FLOP/s against FLOPs a byte under both roofs; a point an arm and phase."""
+    pick = _pick()
+    colour, fading = _arm(pick)
+    x = _log(alt.X, "x", "FLOPs a byte", "format(datum.value, '~s')")
+    y = _log(alt.Y, "y", "achieved FLOP/s", "format(datum.value, '~s')")
+    roofs = (
+        _chart()
+        .transform_filter("isValid(datum.roof)")
+        .transform_calculate(
+            rate="datum.roof == 'memory' ? format(datum.y / datum.x, '.3s') + 'B/s' : "
+            "format(datum.y, '.3s') + 'FLOP/s'"
+        )
+    )
+    tips = [_tip("a:N", "arm"), _tip("phase:N", "phase"), _tip("x:Q", "FLOPs a byte", ".3s")]
+    tips += [_tip("y:Q", "FLOP/s", ".3s"), _tip("mfu:Q", "MFU", ".1%"), _tip("mbu:Q", "MBU", ".1%")]
+    tips += [_tip("bound:N", "bound by")]
+    line = roofs.mark_line(style="roof").encode(
+        x=x, y=y, detail="roof:N", tooltip=[_tip("roof:N", "roof"), _tip("rate:N", "measured")]
+    )
+    shape = alt.Shape("phase:N", sort=None)
+    points = (
+        _chart()
+        .transform_filter("!isValid(datum.roof)")
+        .mark_point(size=70, filled=True)
+        .encode(x=x, y=y, color=colour, shape=shape, opacity=fading, tooltip=tips)
+        .add_params(pick)
+    )
+    return line + points
+
+
+def _sweep(x_title: str, y_title: str, tick: str, spelled: str) -> Drawing:
+    """A line an arm on logarithmic axes, and what the floor allows, dashed."""
+    pick = _pick()
+    colour, _ = _arm(pick)
+    x = _log(alt.X, "x", x_title, "format(datum.value, ',')", base=2)
+    y = _log(alt.Y, "y", y_title, tick)
+    rows = _chart().transform_calculate(y_text=spelled.format("y"), floor_text=spelled.format("floor"))
+    tips = [_tip("a:N", "arm"), _tip("x:Q", x_title, ","), _tip("y_text:N", y_title)]
+    tips += [_tip("floor_text:N", "at the floor")]
+    line = rows.mark_line(strokeWidth=2, point=True).encode(
+        x=x, y=y, color=colour, opacity=alt.condition(pick, alt.value(1), alt.value(0.1)), tooltip=tips
+    )
+    floor = (
+        _chart()
+        .transform_filter("isValid(datum.floor)")
+        .transform_aggregate(y="min(floor)", groupby=["x"])
+        .mark_line(style="floor")
+        .encode(x=x, y=y)
+    )
+    return floor + line.add_params(pick)
+
+
+def _lengths() -> Drawing:
+    """Time against length."""
+    return _sweep("tokens", "time", _TIME_AXIS, "isValid(datum.{0}) ? format(datum.{0}, '.4s') + 's' : '-'")
+
+
+def _batches() -> Drawing:
+    """Tokens a second against the batch."""
+    tick = "format(datum.value, '~s')"
+    return _sweep("batch", "tokens/s", tick, "isValid(datum.{0}) ? format(datum.{0}, '.4s') : '-'")
+
+
 KINDS = {
     "ladder": _ladder,
     "launches": _launches,
@@ -280,13 +362,16 @@ KINDS = {
     "sequence": _sequence,
     "laps": _laps,
     "memory": _memory,
+    "roofline": _roofline,
+    "lengths": _lengths,
+    "batches": _batches,
 }
 
 
 def height_px(kind: str, rows: Rows) -> int:
     """A chart of rows is as high as it has rows; every other one has the same height."""
     if kind not in _ROWS:
-        return _HEIGHT
+        return _TALL.get(kind, _HEIGHT)
     field, step = _ROWS[kind]
     return step * len({row[field] for row in rows})
 

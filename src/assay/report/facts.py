@@ -8,6 +8,8 @@ from typing import Any
 
 from assay.measure.record import Environment, Record, flat_params
 from assay.report import words
+from assay.report.roofline import Point
+from assay.report.sweeps import Sweep
 from assay.report.view import CaseView, GateRow
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "GATE_NUMBERS",
     "PHASE_HEADERS",
     "PHASE_NUMBERS",
+    "ROOF_HEADERS",
+    "ROOF_NUMBERS",
     "arm_cells",
     "ceilings",
     "configurations",
@@ -25,6 +29,12 @@ __all__ = [
     "gate_words",
     "method_rows",
     "phase_cells",
+    "roof_cells",
+    "roof_points",
+    "roof_words",
+    "sweep_cells",
+    "sweep_headers",
+    "sweep_numbers",
 ]
 
 ARM_HEADERS = (
@@ -39,8 +49,27 @@ ARM_HEADERS = (
     "first call",
 )
 ARM_NUMBERS = ("median", "ratio [interval]", "peak MiB", "MFU", "MBU", "build", "first call")
-PHASE_HEADERS = ("phase", "arm", "median", "ratio [interval]", "MFU", "MBU")
-PHASE_NUMBERS = ("median", "ratio [interval]", "MFU", "MBU")
+PHASE_HEADERS = ("phase", "arm", "median", "ratio [interval]")
+PHASE_NUMBERS = ("median", "ratio [interval]")
+ROOF_HEADERS = (
+    "phase",
+    "arm",
+    "median",
+    "floor",
+    "of its floor",
+    "bound by",
+    "MFU",
+    "MBU",
+    "in kernels",
+    "wall / device",
+    "note",
+    "FLOPs",
+    "bytes",
+    "FLOP/B",
+    "achieved FLOP/s",
+    "achieved B/s",
+)
+ROOF_NUMBERS = tuple(h for h in ROOF_HEADERS if h not in ("phase", "arm", "bound by", "note"))
 GATE_HEADERS = ("arm", "tier", "quantity", "worst error", "limit", "checks", "gate", "where")
 GATE_NUMBERS = ("worst error", "limit", "checks")
 
@@ -57,15 +86,15 @@ def _arm_row(view: CaseView, place: int) -> tuple[str, ...]:
     if judged:
         ratio = words.ratio(judged.interval) if judged.interval else words.UNKNOWN
         verdict = words.verdict_word(judged)
-    share, cold = arm.share(), arm.cold
+    step, cold = arm.point(), arm.cold
     return (
         arm.name,
         words.duration(arm.median_ns()),
         ratio,
         verdict,
         words.mib(arm.peak_mib),
-        words.share(share.mfu),
-        words.share(share.mbu),
+        words.share(step.mfu),
+        words.share(step.mbu),
         words.duration(cold.build_s * 1e9 if cold else None),
         words.duration(cold.first_call_s * 1e9 if cold else None),
     )
@@ -79,10 +108,87 @@ def phase_cells(view: CaseView) -> list[tuple[str, ...]]:
         for arm in (a for a in view.arms if phase in a.phases):
             judged = next((c for c in view.comparisons if c.other == arm.name), None)
             ratio = words.ratio(judged.phases[phase]) if judged and phase in judged.phases else ""
-            share = arm.share(phase)
-            median = words.duration(arm.median_ns(phase))
-            rows.append((phase, arm.name, median, ratio, words.share(share.mfu), words.share(share.mbu)))
+            rows.append((phase, arm.name, words.duration(arm.median_ns(phase)), ratio))
     return rows
+
+
+def roof_points(view: CaseView) -> list[Point]:
+    """Every measured arm in every phase whose work is stated, phase by phase, the whole step last."""
+    phases = dict.fromkeys(p for arm in view.arms for p in arm.stated if p != "step") | {"step": None}
+    return [arm.point(phase) for phase in phases for arm in view.arms if phase in arm.stated]
+
+
+def roof_cells(points: Iterable[Point]) -> list[tuple[str, ...]]:
+    """A row under ROOF_HEADERS for every point."""
+    return [
+        (
+            words.phase(p.phase),
+            p.arm,
+            words.duration(p.time_ns),
+            words.duration(p.floor_ns),
+            words.distance(p.distance),
+            p.bound or words.UNKNOWN,
+            words.share(p.mfu),
+            words.share(p.mbu),
+            words.share(p.kernel_share),
+            words.distance(p.wall_over_device),
+            p.label,
+            words.amount(p.work.flops, "FLOP"),
+            words.amount(p.work.bytes, "B"),
+            words.UNKNOWN if p.intensity is None else words.number(p.intensity, 3),
+            words.amount(p.flops_per_s or None, "FLOP/s"),
+            words.amount(p.bytes_per_s or None, "B/s"),
+        )
+        for p in points
+    ]
+
+
+def roof_words(points: Sequence[Point]) -> str:
+    """What MFU and MBU are shares of, or that nobody measured it."""
+    rates: dict[str, None] = {}
+    for p in points:
+        if p.matrix_rate:
+            rates[f"MFU is the share of {words.rate(p.matrix_rate, 'FLOP/s')} ({p.work.matmul_dtype})"] = None
+    for p in points:
+        if p.memory_rate:
+            rates[f"MBU of {words.rate(p.memory_rate, 'B/s')} (copy)"] = None
+    said = []
+    if rates:
+        said.append(f"{', '.join(rates)}: ceilings measured on this machine, which give the floor.")
+    if not any(p.matrix_rate and p.memory_rate for p in points):
+        said.append("No roofline is drawn: the ceilings were not measured; 'assay doctor' measures them.")
+    return " ".join(said)
+
+
+def sweep_headers(sweep: Sweep) -> tuple[str, ...]:
+    """The columns of a sweep's table."""
+    named = (sweep.length_name, "batch", "arm", sweep.time_name)
+    return (*named, "floor", "of its floor", "tokens/s", "MFU", "MBU", "bound by", "note")
+
+
+def sweep_numbers(sweep: Sweep) -> tuple[str, ...]:
+    """Those of numbers."""
+    return tuple(h for h in sweep_headers(sweep) if h not in ("arm", "bound by", "note"))
+
+
+def sweep_cells(sweep: Sweep) -> list[tuple[str, ...]]:
+    """A row under `sweep_headers` for every arm in every case."""
+    return [
+        (
+            f"{p.length:,g}",
+            str(p.batch),
+            p.arm,
+            words.duration(p.time_ns),
+            words.duration(p.floor_ns),
+            words.distance(p.point.distance),
+            words.number(p.tokens_per_s, 3),
+            words.share(p.point.mfu),
+            words.share(p.point.mbu),
+            p.point.bound or words.UNKNOWN,
+            p.point.label,
+        )
+        for p in sweep.points
+    ]
 
 
 def gate_cells(rows: Iterable[GateRow]) -> list[tuple[str, ...]]:

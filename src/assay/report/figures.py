@@ -8,15 +8,26 @@ from dataclasses import dataclass
 
 from assay.measure.verdict import Comparison, Interval
 from assay.report import rows, words
+from assay.report.facts import roof_points
 from assay.report.rows import Rows
+from assay.report.sweeps import Sweep
 from assay.report.view import CaseView, pair_records
 
-__all__ = ["Figure", "comparison_figures", "ladder", "overview", "points_for"]
+__all__ = [
+    "Figure",
+    "comparison_figures",
+    "ladder",
+    "overview",
+    "points_for",
+    "roofline",
+    "sweep_figures",
+]
 
 _POINTS = 40_000  # samples drawn in a whole report
 _MOST, _LEAST = 1500, 20  # samples drawn for one arm of one comparison
 _LAPS = 256  # laps drawn for an arm
 _RUNGS = 40  # rows of the overview
+_SWEPT = 12  # charts of one sweep: of a large grid the table has the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +152,43 @@ def overview(views: Sequence[CaseView]) -> list[Figure]:
         for i, (label, (_, c, interval)) in enumerate(zip(labels, judged, strict=False), start=1)
     ]
     return _ladder("overview", "All ratios", named, len(judged))
+
+
+def roofline(view: CaseView) -> list[Figure]:
+    """The arms' phases under this machine's roofs; nothing where the ceilings or the work are unknown."""
+    drawn = rows.roof_rows(roof_points(view))
+    missing = "" if _all_drawn(view) else " A phase without matrix products has no place here."
+    caption = f"Slanted: the memory's roof. Level: the matrix rate's.{missing} Pick an arm in the legend."
+    if not drawn:
+        return []
+    return [
+        Figure(kind="roofline", key=f"{view.case.id}-roofline", title="Roofline", caption=caption, rows=drawn)
+    ]
+
+
+def _all_drawn(view: CaseView) -> bool:
+    return all(p.work.flops and p.work.bytes for p in roof_points(view))
+
+
+def sweep_figures(sweep: Sweep) -> list[Figure]:
+    """Time over lengths for each batch size, tokens a second over batch sizes for each length."""
+    found: list[Figure] = []
+    floor = "Dashed: at the floor that FLOPs and bytes have on this machine. Pick an arm in the legend."
+    for batch in sweep.batches if len(sweep.lengths) > 1 else ():
+        points = [p for p in sweep.points if p.batch == batch]
+        if len({p.length for p in points}) > 1:
+            title = f"{sweep.subject}: {sweep.time_name} over {sweep.lengths_name}, batch {batch}"
+            drawn = rows.sweep_rows(points, "length")
+            key = f"{sweep.key}-batch-{batch}"
+            found.append(Figure(kind="lengths", key=key, title=title, caption=floor, rows=drawn))
+    for length in sweep.lengths if len(sweep.batches) > 1 else ():
+        points = [p for p in sweep.points if p.length == length]
+        if len({p.batch for p in points}) > 1:
+            title = f"{sweep.subject}: tokens/s over batch sizes, {sweep.length_name} {length:g}"
+            drawn = rows.sweep_rows(points, "batch")
+            key = f"{sweep.key}-length-{length:g}"
+            found.append(Figure(kind="batches", key=key, title=title, caption=floor, rows=drawn))
+    return found[:_SWEPT]
 
 
 def _ladder(

@@ -19,8 +19,17 @@ from assay.errors import AssayError
 from assay.measure.record import Record
 from assay.measure.verdict import Comparison
 from assay.report import charts, facts, words
-from assay.report.figures import Figure, comparison_figures, ladder, overview, points_for
+from assay.report.figures import (
+    Figure,
+    comparison_figures,
+    ladder,
+    overview,
+    points_for,
+    roofline,
+    sweep_figures,
+)
 from assay.report.markup import Safe, element, join, table
+from assay.report.sweeps import Sweep, sweeps
 from assay.report.view import (
     CaseView,
     case_views,
@@ -34,6 +43,7 @@ from assay.report.view import (
 __all__ = ["Bundle", "render_html"]
 
 _MARKS = {"faster": "▲ ", "slower": "▼ ", "same": "= ", "unknown": "? ", "no ratio": "✕ "}
+_SWEEPS = "Over lengths and batch sizes"
 _CARDS = 12  # verdicts shown as cards; more become a plain list
 _OPEN = 12  # cases shown opened; of more, each opens on demand
 _CHARTED = 200  # comparisons with charts; of more, the rest have their tables
@@ -68,6 +78,7 @@ def render_html(
     """Return the whole report. `bundle` may have been started earlier, to save time."""
     bundle = bundle or Bundle()
     views = case_views(records, comparisons)
+    swept = sweeps(views)
     figures: list[Figure] = []
     points = points_for(min(len(comparisons), _CHARTED))
     charted = {id(c): points for c in [c for c in comparisons if c.interval][:_CHARTED]}
@@ -75,6 +86,7 @@ def render_html(
         [
             _verdicts(views, figures),
             *(_case(view, figures, charted, len(views)) for view in views),
+            _sweeps(swept, figures),
             _method(views),
             _environment(records),
             _configuration(records),
@@ -84,7 +96,7 @@ def render_html(
     body = element(
         "div",
         _top(records, views),
-        element("div", _contents(views), element("main", main), attributes={"class": "columns"}),
+        element("div", _contents(views, swept), element("main", main), attributes={"class": "columns"}),
         attributes={"class": "page"},
     )
     return _document(_title(views), body, _data(figures), bundle.script())
@@ -152,9 +164,10 @@ def _top(records: Sequence[Record], views: Sequence[CaseView]) -> Safe:
     )
 
 
-def _contents(views: Sequence[CaseView]) -> Safe:
+def _contents(views: Sequence[CaseView], swept: Sequence[Sweep]) -> Safe:
     cases = [_entry(f"#{view.case.id}", view.case.workload, words.case_details(view.case)) for view in views]
     rest = (
+        *((("#sweeps", _SWEEPS),) if swept else ()),
         ("#method", "How it was measured"),
         ("#environment", "Where it was measured"),
         ("#configuration", "Configuration"),
@@ -246,6 +259,7 @@ def _case(view: CaseView, shown: list[Figure], charted: Mapping[int, int], cases
             for comparison in view.comparisons
         ),
         _phases(view),
+        _roofline(view, shown, charted),
         _gate(view),
         _failures(view),
         _warnings(view),
@@ -274,6 +288,22 @@ def _phases(view: CaseView) -> Safe:
     if not cells:
         return Safe("")
     return join([element("h3", "Phases"), table(facts.PHASE_HEADERS, cells, facts.PHASE_NUMBERS)])
+
+
+def _roofline(view: CaseView, shown: list[Figure], charted: Mapping[int, int]) -> Safe:
+    """Every phase against this machine's ceilings; the chart for cases that have charts."""
+    points = facts.roof_points(view)
+    if not points:
+        return Safe("")
+    drawn = not view.comparisons or any(id(c) in charted for c in view.comparisons)
+    return join(
+        [
+            element("h3", "Roofline"),
+            element("p", facts.roof_words(points), attributes={"class": "soft small"}),
+            table(facts.ROOF_HEADERS, facts.roof_cells(points), facts.ROOF_NUMBERS),
+            _figures(roofline(view) if drawn else [], shown),
+        ]
+    )
 
 
 def _gate(view: CaseView) -> Safe:
@@ -313,6 +343,25 @@ def _list(title: str, kind: str, items: Sequence[Safe]) -> Safe:
     if not items:
         return Safe("")
     return join([element("h3", title), element("ul", *items, attributes={"class": kind})])
+
+
+# Over lengths and batch sizes
+
+
+def _sweeps(swept: Sequence[Sweep], shown: list[Figure]) -> Safe:
+    """What varies with the length or the batch alone, a table and charts each."""
+    parts = [
+        join(
+            [
+                element("h3", sweep.title),
+                element("p", sweep.details, attributes={"class": "params"}),
+                table(facts.sweep_headers(sweep), facts.sweep_cells(sweep), facts.sweep_numbers(sweep)),
+                _figures(sweep_figures(sweep), shown),
+            ]
+        )
+        for sweep in swept
+    ]
+    return _section("sweeps", _SWEEPS, *parts) if parts else Safe("")
 
 
 # The end matter

@@ -10,6 +10,7 @@ import msgspec
 from assay.measure.record import Record
 from assay.measure.verdict import Comparison
 from assay.report import facts, words
+from assay.report.sweeps import Sweep, sweeps
 from assay.report.view import CaseView, case_views, environments, failures_of, gate_rows, warnings_of
 
 __all__ = ["render_markdown"]
@@ -23,6 +24,8 @@ def render_markdown(records: Sequence[Record], comparisons: Sequence[Comparison]
     views = case_views(records, comparisons)
     parts = ["# Assay report", _summary(records, views)]
     parts += [_case(view) for view in views]
+    if found := sweeps(views):
+        parts += ["## Over lengths and batch sizes", *(_sweep(sweep) for sweep in found)]
     parts += ["## How it was measured", *(_method(view) for view in views)]
     parts += ["## Where it was measured", _environments(records)]
     parts += ["## Configuration", _configuration(records)]
@@ -58,6 +61,7 @@ def _case(view: CaseView) -> str:
         *(_comparison(c) for c in view.comparisons),
         _arms(view),
         _phases(view),
+        _roofline(view),
     ]
     gate = [row for arm in view.arms for row in facts.gate_cells(gate_rows(arm))]
     if gate:
@@ -82,6 +86,19 @@ def _arms(view: CaseView) -> str:
 
 def _phases(view: CaseView) -> str:
     return _table(facts.PHASE_HEADERS, facts.phase_cells(view), facts.PHASE_NUMBERS)
+
+
+def _roofline(view: CaseView) -> str:
+    points = facts.roof_points(view)
+    if not points:
+        return ""
+    table = _table(facts.ROOF_HEADERS, facts.roof_cells(points), facts.ROOF_NUMBERS)
+    return f"### Roofline\n\n{_text(facts.roof_words(points))}\n\n{table}"
+
+
+def _sweep(sweep: Sweep) -> str:
+    table = _table(facts.sweep_headers(sweep), facts.sweep_cells(sweep), facts.sweep_numbers(sweep))
+    return f"### {sweep.title}\n\n{_text(sweep.details)}\n\n{table}"
 
 
 def _comparison(comparison: Comparison) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 
 from assay.measure.record import Record
 from assay.measure.stats import log_ratios
 from assay.measure.verdict import Comparison, Interval
+from assay.report.roofline import Point
+from assay.report.sweeps import SweepPoint
 
 __all__ = [
     "Row",
@@ -23,13 +26,16 @@ __all__ = [
     "launch_rows",
     "memory_rows",
     "narrowing_rows",
+    "roof_rows",
     "sample_rows",
     "stride",
+    "sweep_rows",
 ]
 
 Row = dict[str, float | int | str]
 Rows = list[Row]
 
+_MARGIN = 3.0  # a roof goes on this far beyond its outermost point
 _FRAME = (
     6.0  # final half widths: a running interval is cut off beyond, else its first points flatten the rest
 )
@@ -114,6 +120,49 @@ def memory_rows(pair: Sequence[Sequence[Record]]) -> Rows:
             {"a": records[0].arm.name, "phase": phase, "mib": statistics.median(peaks)}
             for phase, peaks in found.items()
         ]
+    return rows
+
+
+def roof_rows(points: Sequence[Point]) -> Rows:
+    """Points `x` FLOP/B, `y` FLOP/s with arm `a`, `phase` and shares, then both roofs, two lines of `roof`.
+
+    Empty unless a point has both roofs; phases without FLOPs or bytes have no place on logarithmic axes.
+    """
+    rows: Rows = []
+    roofs: dict[tuple[str, float, float], list[float]] = {}
+    for p in points:
+        x, y = p.intensity, p.flops_per_s
+        if not (x and y and p.matrix_rate and p.memory_rate):
+            continue
+        rows.append(
+            {
+                "a": p.arm,
+                "phase": "whole step" if p.phase == "step" else p.phase,
+                "x": x,
+                "y": y,
+                "mfu": y / p.matrix_rate,
+                "mbu": y / x / p.memory_rate,
+                "bound": p.bound or "",
+            }
+        )
+        roofs.setdefault((str(p.work.matmul_dtype), p.matrix_rate, p.memory_rate), []).append(x)
+    for (dtype, matrix, memory), seen in roofs.items():
+        ridge = matrix / memory
+        left, right = min(ridge, *seen) / _MARGIN, max(ridge, *seen) * _MARGIN
+        for x, y in ((left, left * memory), (ridge, matrix)):
+            rows.append({"roof": "memory", "x": x, "y": y})
+        for x in (ridge, right):
+            rows.append({"roof": dtype, "x": x, "y": matrix})
+    return rows
+
+
+def sweep_rows(points: Iterable[SweepPoint], x: Literal["length", "batch"]) -> Rows:
+    """Arm `a` against `x`: seconds `y` over lengths, tokens a second over batches; `floor` at the floor."""
+    rows: Rows = []
+    for p in points:
+        ns = {"y": p.time_ns} | ({"floor": p.floor_ns} if p.floor_ns else {})
+        shown = {k: v * 1e-9 if x == "length" else p.tokens / (v * 1e-9) for k, v in ns.items()}
+        rows.append({"a": p.arm, "x": getattr(p, x), **shown})
     return rows
 
 

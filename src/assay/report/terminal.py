@@ -11,35 +11,48 @@ from rich.text import Text
 
 from assay.measure.record import Record
 from assay.measure.verdict import Comparison
-from assay.report import words
+from assay.report import facts, words
 from assay.report.view import CaseView, case_views, failures_of, gate_summary, warnings_of
 
 __all__ = ["render_summary"]
 
 _STYLES = {"faster": "bold green", "slower": "bold red", "same": "bold cyan", "unknown": "bold yellow"}
 _NO_RATIO = "bold magenta"
-_NUMERIC = ("median", "peak MiB", "MFU", "MBU", "build", "first call", "worst error", "limit")
+_NUMERIC = (
+    *("median", "peak MiB", "MFU", "MBU", "x floor", "kernels"),
+    *("build", "first call", "worst error", "limit"),
+)
 
 
-def render_summary(records: Sequence[Record], comparisons: Sequence[Comparison], console: Console) -> None:
-    """Print every case with its arms, then all verdicts once more where there are several cases."""
+def render_summary(
+    records: Sequence[Record],
+    comparisons: Sequence[Comparison],
+    console: Console,
+    *,
+    verbose: bool = False,
+) -> None:
+    """Print every case with its arms, then all verdicts once more where there are several cases.
+
+    `verbose` adds each phase's place under this machine's roofs.
+    """
     views = case_views(records, comparisons)
     for view in views:
-        _print_case(view, console)
+        _print_case(view, console, verbose)
     if len(views) > 1 and comparisons:
         _print_verdicts(views, console)
 
 
-def _print_case(view: CaseView, console: Console) -> None:
+def _print_case(view: CaseView, console: Console, verbose: bool) -> None:
     _hang(console, "", Text(str(view.case), style="bold"))
     for comparison in view.comparisons:
         _print_comparison(comparison, console)
-    for table in (_speed_table(view), _cost_table(view), _gate_table(view)):
+    roofs = [_roof_table(view)] if verbose else []
+    for table in (_speed_table(view), _cost_table(view), *roofs, _gate_table(view)):
         if table.row_count:
             console.print()
             console.print(Padding(table, (0, 0, 0, 2)))
     notes = [*_failures(view), *_warnings(view)]
-    if any(share is not None for arm in view.arms for share in (arm.share().mfu, arm.share().mbu)):
+    if any(share is not None for arm in view.arms for share in (arm.point().mfu, arm.point().mbu)):
         notes.insert(0, Text("MFU, MBU: share of the ceilings measured on this machine", style="dim"))
     if notes:
         console.print()
@@ -85,7 +98,8 @@ def _table(*headers: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for header in headers:
         numeric = header in _NUMERIC
-        table.add_column(header, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        whole = numeric or header == "phase"
+        table.add_column(header, justify="right" if numeric else "left", no_wrap=whole, overflow="fold")
     return table
 
 
@@ -108,14 +122,36 @@ def _cost_table(view: CaseView) -> Table:
     """Peak memory, share of this machine's measured ceilings, and cold start."""
     table = _table("arm", "peak MiB", "MFU", "MBU", "build", "first call")
     for arm in (a for a in view.arms if a.measured):
-        share, cold = arm.share(), arm.cold
+        step, cold = arm.point(), arm.cold
         table.add_row(
             Text(arm.name),
             words.mib(arm.peak_mib),
-            words.share(share.mfu),
-            words.share(share.mbu),
+            words.share(step.mfu),
+            words.share(step.mbu),
             words.duration(cold.build_s * 1e9 if cold else None),
             words.duration(cold.first_call_s * 1e9 if cold else None),
+        )
+    return table
+
+
+def _roof_table(view: CaseView) -> Table:
+    """Each phase against its floor; the long reports have the rates too. What no phase has is left out."""
+    points = facts.roof_points(view)
+    gaps = any(p.kernel_share is not None for p in points)
+    notes = any(p.label for p in points)
+    further = (*(["kernels"] if gaps else []), *(["note"] if notes else []))
+    table = _table("phase", "arm", "median", "MFU", "MBU", "bound", "x floor", *further)
+    for p in points:
+        table.add_row(
+            words.phase(p.phase),
+            Text(p.arm),
+            words.duration(p.time_ns),
+            words.share(p.mfu),
+            words.share(p.mbu),
+            p.bound or words.UNKNOWN,
+            words.UNKNOWN if p.distance is None else words.distance(p.distance).removesuffix("x"),
+            *([words.share(p.kernel_share)] if gaps else []),
+            *([p.label] if notes else []),
         )
     return table
 

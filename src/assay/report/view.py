@@ -12,31 +12,26 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from assay.measure.record import Case, Cold, Environment, Figure, Method, Record, Status, devices
+from assay.measure.record import Case, Cold, Environment, Figure, Method, Record, Status
 from assay.measure.verdict import Comparison
+from assay.report import roofline
+from assay.report.roofline import Point, median
 
 __all__ = [
     "ArmView",
     "CaseView",
     "GateRow",
     "Outcome",
-    "Share",
     "Warned",
     "case_views",
     "environments",
     "failures_of",
     "gate_rows",
     "gate_summary",
-    "median",
     "pair_records",
     "telemetry",
     "warnings_of",
 ]
-
-
-_SORTED = 1000  # values that Python sorts faster than NumPy starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +41,6 @@ class Outcome:
     status: Status
     reason: str
     launches: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Achieved share of this machine's measured ceilings; None where work or ceiling is unknown.
-
-    mfu = FLOPs / (median time x matrix rate of the work's dtype); mbu = bytes / (median time x copy rate).
-    The ceilings of several devices add up.
-    """
-
-    mfu: float | None
-    mbu: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,20 +73,22 @@ class ArmView:
 
     def median_ns(self, phase: str = "step") -> float | None:
         """Median over all samples of all launches."""
-        return median([ns for r in self.measured for ns in r.samples_ns.get(phase, ())])
+        return self.point(phase).time_ns
 
-    def share(self, phase: str = "step") -> Share:
-        """Achieved share of the measured ceilings in a phase."""
-        ns = self.median_ns(phase)
-        if not ns or phase not in self.measured[0].work:
-            return Share(mfu=None, mbu=None)
-        first = self.measured[0]
-        work, ceilings = first.work[phase], first.ceilings
-        ns *= devices(first.case, first.arm)
-        return Share(
-            mfu=_share(work.flops, ns, ceilings.get(f"matmul_{work.matmul_dtype}_flops_per_s")),
-            mbu=_share(work.bytes, ns, ceilings.get("copy_bytes_per_s")),
-        )
+    @functools.cached_property
+    def _points(self) -> dict[str, Point]:
+        phases = (*self.phases, "step") if self.measured else ()
+        return {phase: roofline.point(self.name, self.measured, phase) for phase in phases}
+
+    def point(self, phase: str = "step") -> Point:
+        """A phase, or the whole step, against the measured ceilings; all None where nothing was measured."""
+        return self._points.get(phase) or roofline.point(self.name, (), phase)
+
+    @functools.cached_property
+    def stated(self) -> tuple[str, ...]:
+        """The phases whose work is known, then the whole step where that is more than one phase."""
+        whole = ("step",) if len(self.phases) != 1 else ()
+        return tuple(p for p in (*self.phases, *whole) if p in self.measured[0].work) if self.measured else ()
 
     @functools.cached_property
     def peak_mib(self) -> float | None:
@@ -161,17 +146,6 @@ class GateRow:
     checks: int
     failed: int
     worst: Figure
-
-
-def _share(amount: float | None, ns: float, ceiling_per_s: float | None) -> float | None:
-    return amount / (ns * 1e-9) / ceiling_per_s if amount and ceiling_per_s else None
-
-
-def median(values: Sequence[float]) -> float | None:
-    """The median, None of nothing. NumPy only where sorting would be slower than its overhead."""
-    if len(values) > _SORTED:
-        return float(np.median(values))
-    return statistics.median(values) if values else None
 
 
 def case_views(records: Sequence[Record], comparisons: Sequence[Comparison]) -> tuple[CaseView, ...]:

@@ -9,9 +9,11 @@ from assay.measure.verdict import Comparison, Interval, Noise, Verdict
 
 __all__ = [
     "UNKNOWN",
+    "amount",
     "case_details",
     "confidence",
     "count",
+    "distance",
     "duration",
     "error",
     "mib",
@@ -20,6 +22,7 @@ __all__ = [
     "ordinal",
     "outcome",
     "percent",
+    "phase",
     "rate",
     "ratio",
     "sentence",
@@ -70,6 +73,21 @@ def mib(value: float | None) -> str:
 def share(value: float | None) -> str:
     """A share of a measured ceiling, as a percentage: 0.42 -> `42%`. Unknown stays unknown."""
     return UNKNOWN if value is None else f"{100 * value:.{0 if value >= 0.0995 else 1}f}%"
+
+
+def distance(value: float | None) -> str:
+    """How many times its floor something took, or one time against another: `2.3x`."""
+    return UNKNOWN if value is None else f"{number(value, 3 if value < 10 else 2)}x"
+
+
+def phase(name: str) -> str:
+    """A phase as tables call it: `step` is the whole."""
+    return "whole step" if name == "step" else name
+
+
+def amount(value: float | None, unit: str) -> str:
+    """A rate or an amount with its unit, `-` where it is unknown."""
+    return UNKNOWN if value is None else rate(value, unit)
 
 
 def percent(fraction: float) -> str:

@@ -11,9 +11,18 @@ from assay.measure.record import Record
 from assay.measure.store import write_atomically
 from assay.measure.verdict import Comparison
 from assay.report import charts
-from assay.report.figures import Figure, comparison_figures, ladder, overview, points_for
+from assay.report.figures import (
+    Figure,
+    comparison_figures,
+    ladder,
+    overview,
+    points_for,
+    roofline,
+    sweep_figures,
+)
 from assay.report.html import Bundle, render_html
 from assay.report.markdown import render_markdown
+from assay.report.sweeps import sweeps
 from assay.report.view import case_views
 
 __all__ = ["CHARTED", "write_charts", "write_report"]
@@ -64,8 +73,10 @@ def _named(records: Sequence[Record], comparisons: Sequence[Comparison]) -> list
         stem = f"{i:02d}-{_clean(view.case.workload)}-{_clean(comparison.other)}"
         found = comparison_figures(view, comparison, points)
         named += [(f"{stem}-{_clean(figure.title)}", figure) for figure in found]
-    several = [(view, figure) for view in views[:CHARTED] for figure in ladder(view)]
-    named += [(f"ladder-{_clean(view.case.workload)}-{view.case.id}", figure) for view, figure in several]
+    for view in views[:CHARTED]:
+        for figure in (*ladder(view), *roofline(view)):
+            named.append((f"{figure.kind}-{_clean(view.case.workload)}-{view.case.id}", figure))
+    named += [(_clean(figure.key), figure) for sweep in sweeps(views) for figure in sweep_figures(sweep)]
     return named
 
 

@@ -74,6 +74,19 @@ def test_plain_module_trains_infers_and_generates_by_recomputing() -> None:
         assert system.layers() == {}
 
 
+def test_a_fused_loss_states_the_heads_gradients_in_the_forward() -> None:
+    params = {"batch_size": 2, "seq_length": 8}
+    plain, fused = (
+        build_decoder("tiny", Parts(loss=loss), name="x", dtype="fp32", device="cpu", seed=0)
+        for loss in ("torch", "chunked")
+    )
+    before, after = plain.work("train", params), fused.work("train", params)
+    moved = 2 * 2 * TINY.vocab_size * TINY.hidden_size * 2 * 7  # two products at 7 positions of 2 rows
+    assert (after["forward"].flops or 0) - (before["forward"].flops or 0) == moved
+    assert (before["backward"].flops or 0) - (after["backward"].flops or 0) == moved
+    assert after["step"].flops == before["step"].flops
+
+
 def test_a_modules_own_loss_and_tuple_cache_are_used() -> None:
     module, ids_BT = Talkative(), token_ids(2, 6, TINY) % 11
     system = _wrap(module)

@@ -57,6 +57,20 @@ def test_training() -> None:
     assert "optimizer" not in work(CONFIG, "train", {"batch_size": 3, "seq_length": 5}, "fp32")
 
 
+def test_a_fused_loss_moves_the_heads_two_gradient_products_into_the_forward() -> None:
+    params = {"batch_size": 3, "seq_length": 5}
+    plain = work(CONFIG, "train", params, "bf16-autocast")
+    fused = work(CONFIG, "train", params, "bf16-autocast", fused_loss=True)
+    # One product of the head: 2 x 40 weights x 4 positions = 320 a row; two of them for 3 rows: 1920.
+    assert fused["forward"].flops == 3 * 2560 + 1920
+    assert fused["backward"].flops == 2 * 3 * 2560 - 1920
+    assert fused["step"].flops == plain["step"].flops == 3 * 3 * 2560
+    # Forward also writes the head's gradient, 40 in bfloat16; backward reads it in place of the weight.
+    assert fused["forward"].bytes == 300 * 2 + 40 * 2 + 15 * 8
+    assert fused["backward"].bytes == plain["backward"].bytes
+    assert work(CONFIG, "infer", params, "fp32", fused_loss=True) == work(CONFIG, "infer", params, "fp32")
+
+
 def test_inference() -> None:
     phases = work(CONFIG, "infer", {"batch_size": 3, "seq_length": 5}, "fp32")
     assert phases["forward"].flops == 3 * 3280

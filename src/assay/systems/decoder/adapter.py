@@ -60,7 +60,8 @@ class ModuleLM:
 
     Runs in eval mode throughout: dropout would make two arms incomparable. `config` gives the costs of a
     known decoder; `compile_mode` compiles every call; `cuda_graph` replays them, or keeps torch.compile from
-    it; `static_cache` decodes a Decoder over a preallocated cache. `state_map` renames own names to the
+    it; `static_cache` decodes a Decoder over a preallocated cache. `fused_loss` says that the loss computes
+    the head's gradients, which moves their work into the forward. `state_map` renames own names to the
     baseline's, everywhere that names appear.
     """
 
@@ -77,6 +78,7 @@ class ModuleLM:
         compile_mode: str | None = None,
         cuda_graph: bool | None = None,
         static_cache: bool = False,
+        fused_loss: bool = False,
         state_map: Mapping[str, str] | None = None,
     ) -> None:
         self._at = precision(dtype)
@@ -84,6 +86,7 @@ class ModuleLM:
         self._name, self._dtype, self._device, self._weights = name, dtype, device, weights
         self._config, self._vocab_size = config, vocab_size
         self._compile_mode, self._cuda_graph, self._static_cache = compile_mode, cuda_graph, static_cache
+        self._fused_loss = fused_loss
         if compile_mode is not None:
             require_compiler(device)
         self._calls = Calls(self.module, name, compile_mode, cuda_graph)
@@ -189,7 +192,9 @@ class ModuleLM:
 
     def work(self, workload: str, params: Mapping[str, Scalar]) -> dict[str, Work]:
         """Work of each phase where the shape is known; empty for a module of unknown cost."""
-        return {} if self._config is None else cost.work(self._config, workload, params, self._dtype)
+        if self._config is None:
+            return {}
+        return cost.work(self._config, workload, params, self._dtype, fused_loss=self._fused_loss)
 
     def describe(self) -> dict[str, Scalar]:
         """Parameters, where the weights come from, and the configuration's summary where it is known."""

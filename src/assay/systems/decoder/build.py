@@ -61,6 +61,7 @@ def build_decoder(
         compile_mode=parts.compile_mode if parts.compile else None,
         cuda_graph=cuda_graph,
         static_cache=parts.cache == "static",
+        fused_loss=parts.loss != "torch",
     )
 
 
@@ -91,7 +92,15 @@ def build_hf(
     model, weights = new_decoder(resolved, seed=seed, device=device)
     module.to(device)
     load_strict(named_state(module), named_state(model), to=f"'{name}'", tied=tied_names(module))
-    return ModuleLM(module, name=name, dtype=dtype, device=device, weights=weights, config=resolved.config)
+    return ModuleLM(
+        module,
+        name=name,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+        config=resolved.config,
+        fused_loss=liger,
+    )
 
 
 def build_reference(shape: str, *, dtype: str, device: str, seed: int) -> ReferenceLM:

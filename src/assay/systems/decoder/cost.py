@@ -10,6 +10,9 @@ exist, T (T + 1) / 2, not the T^2 that math attention executes. What nobody read
 Bytes count each weight once a phase in the width it is computed in, gradients in the width they are kept
 in, logits that are returned, and the key-value cache. Activations could stay on chip and count nothing.
 The embedding table counts only where the head reads it (tied): a lookup touches a few rows.
+
+Work is stated in the phase where it is done: a loss that is fused with the head computes the head's two
+gradient products in the forward, and what it moves from the backward leaves the sum of FLOPs as it is.
 """
 
 from __future__ import annotations
@@ -74,15 +77,24 @@ def kv_bytes_per_token(config: DecoderConfig, dtype: str) -> int:
     return 2 * config.num_hidden_layers * config.kv_width * _widths(dtype).computed
 
 
-def work(config: DecoderConfig, workload: str, params: Mapping[str, Scalar], dtype: str) -> dict[str, Work]:
+def work(
+    config: DecoderConfig,
+    workload: str,
+    params: Mapping[str, Scalar],
+    dtype: str,
+    *,
+    fused_loss: bool = False,
+) -> dict[str, Work]:
     """Work of every phase of a workload, and of `step`, which is their sum.
+
+    `fused_loss` says that the loss is fused with the head, whose gradients are then computed in `forward`.
 
     Reads `batch_size`, `seq_length` (`train`, `infer`; `optimizer` adds that phase), and `gen_batch_size`,
     `gen_input_length`, `gen_output_length` (`generate`). Empty for a workload that this file does not know.
     """
     phases: dict[str, Work] = {}
     if workload == "train":
-        phases = _train(config, int(params["batch_size"]), int(params["seq_length"]), dtype)
+        phases = _train(config, int(params["batch_size"]), int(params["seq_length"]), dtype, fused_loss)
         optimizer = str(params.get("optimizer", "none"))
         if optimizer in _OPTIMIZER_PASSES:
             passes = _OPTIMIZER_PASSES[optimizer] * config.parameters * _widths(dtype).stored
@@ -119,15 +131,19 @@ def _phase(like: Work, *, flops: float, moved: float) -> Work:
     )
 
 
-def _train(config: DecoderConfig, batch: int, length: int, dtype: str) -> dict[str, Work]:
+def _train(config: DecoderConfig, batch: int, length: int, dtype: str, fused_loss: bool) -> dict[str, Work]:
     widths, weights = _widths(dtype), weight_bytes(config, dtype)
     flops = forward_flops(config, batch, length - 1)
     base = Work(tokens=batch * length, samples=batch, matmul_dtype=widths.matmul)
     gradients = float(config.parameters * widths.stored)
+    # A fused loss leaves the gradient of the head's weight, as wide as it is computed, for the backward to
+    # read in place of the weight itself.
+    early = 4.0 * batch * (length - 1) * config.head_parameters if fused_loss else 0.0
+    kept = config.head_parameters * widths.computed if fused_loss else 0
     return {
-        "forward": _phase(base, flops=flops, moved=weights + batch * length * _ID_BYTES),
+        "forward": _phase(base, flops=flops + early, moved=weights + kept + batch * length * _ID_BYTES),
         # each product of the forward has two in the backward: by its input and by its weight or partner
-        "backward": _phase(base, flops=2 * flops, moved=weights + gradients),
+        "backward": _phase(base, flops=2 * flops - early, moved=weights + gradients),
         "zero_grad": _phase(base, flops=0.0, moved=0.0),  # gradients may simply be dropped
     }
 
