@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from assay.measure import stats
-from assay.measure.record import Case, Record, Status
+from assay.measure.record import Attribution, Case, Record, Status
 
 __all__ = [
     "Comparison",
@@ -104,6 +104,12 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     more_launches: int | None = None  # further launches for a verdict, where it is unknown
     memory: MemoryComparison | None = None
     narrowing: list[tuple[int, float, float, float]] = []  # blocks so far, ratio, low, high
+    attribution: Attribution | None = None
+
+    @property
+    def headline(self) -> bool:
+        """Whether these are two arms that were asked for, not one ingredient of them."""
+        return self.attribution is None or self.attribution.kind == "total"
 
 
 _BARRED = (Status.GATE_FAILED, Status.PROOF_FAILED, Status.IMPLAUSIBLE, Status.INVALID)
@@ -141,7 +147,8 @@ def exit_code(comparisons: Sequence[Comparison], records: Sequence[Record], fail
     """The exit code of a run: the first of these that applies.
 
     2 a gate or proof failed; 3 nothing was measured; with `fail_if_slower`, 1 some arm is slower, 5 some
-    arm has no verdict (one launch alone never fails a threshold: its verdict counts as unknown); 0.
+    arm has no verdict (one launch alone never fails a threshold: its verdict counts as unknown); 0. Of an
+    attribution only the total is held against the threshold.
     """
     statuses = {r.status for r in records}
     if statuses & {Status.GATE_FAILED, Status.PROOF_FAILED}:
@@ -149,7 +156,8 @@ def exit_code(comparisons: Sequence[Comparison], records: Sequence[Record], fail
     if not any(status.measured for status in statuses):
         return 3
     if fail_if_slower:
-        verdicts = [Verdict.UNKNOWN if c.scope or c.verdict is None else c.verdict for c in comparisons]
+        asked = [c for c in comparisons if c.headline]
+        verdicts = [Verdict.UNKNOWN if c.scope or c.verdict is None else c.verdict for c in asked]
         if Verdict.SLOWER in verdicts:
             return 1
         if Verdict.UNKNOWN in verdicts:
@@ -218,6 +226,7 @@ def _compare(launches: Mapping[int, _Launch], rules: _Rules) -> Comparison:
         left_out=left_out,
         margin=rules.margin,
         family=rules.family,
+        attribution=record.attribution,
     )
     barred = _barred(launches, names)
     if barred or not used:
