@@ -29,7 +29,7 @@ def test_themes_differ_in_their_colours_only() -> None:
 
 def test_a_case_with_laps_shows_every_kind_of_chart() -> None:
     found = [f.kind for f in comparison_figures(GENERATE, GENERATE.comparisons[0], 100)]
-    assert set(found) | {"ladder"} == set(charts.KINDS)
+    assert set(found) | {"ladder", "attribution"} == set(charts.KINDS)
 
 
 def test_an_arm_without_ratio_has_no_charts() -> None:

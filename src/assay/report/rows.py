@@ -18,6 +18,7 @@ from assay.measure.verdict import Comparison, Interval
 __all__ = [
     "Row",
     "Rows",
+    "attribution_rows",
     "ladder_rows",
     "lap_rows",
     "launch_rows",
@@ -88,6 +89,13 @@ def ladder_rows(named: Iterable[tuple[str, Interval, str, float]]) -> Rows:
         }
         for label, interval, verdict, margin in named
     ]
+
+
+def attribution_rows(named: Iterable[tuple[str, str, Interval, str, float]]) -> Rows:
+    """(ingredient, way, interval, verdict word, margin) -> a row of `ladder_rows` with the way as `a`."""
+    listed = list(named)
+    rows = ladder_rows((label, interval, verdict, margin) for label, _, interval, verdict, margin in listed)
+    return [{**row, "a": way} for row, (_, way, *_) in zip(rows, listed, strict=True)]
 
 
 def launch_rows(pair: Sequence[Sequence[Record]], comparison: Comparison) -> Rows:

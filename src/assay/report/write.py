@@ -10,7 +10,7 @@ from typing import Literal
 from assay.measure.record import Record
 from assay.measure.store import write_atomically
 from assay.measure.verdict import Comparison
-from assay.report import charts
+from assay.report import attribution, charts
 from assay.report.figures import Figure, comparison_figures, ladder, overview, points_for
 from assay.report.html import Bundle, render_html
 from assay.report.markdown import render_markdown
@@ -58,12 +58,14 @@ def _named(records: Sequence[Record], comparisons: Sequence[Comparison]) -> list
     """File name without its ending -> chart. Names come from arms, so they are cleaned and numbered."""
     views = case_views(records, comparisons)
     named = [("overview", figure) for figure in overview(views)]
-    judged = [(view, c) for view in views for c in view.comparisons if c.interval]
+    judged = [(view, c) for view in views for c in view.headlines if c.interval]
     points = points_for(len(comparisons))
     for i, (view, comparison) in enumerate(judged[:CHARTED], start=1):
         stem = f"{i:02d}-{_clean(view.case.workload)}-{_clean(comparison.other)}"
         found = comparison_figures(view, comparison, points)
         named += [(f"{stem}-{_clean(figure.title)}", figure) for figure in found]
+    parts = [(view, figure) for view in views[:CHARTED] for figure in attribution.figures(view)]
+    named += [(f"attribution-{_clean(view.case.workload)}-{view.case.id}", figure) for view, figure in parts]
     several = [(view, figure) for view in views[:CHARTED] for figure in ladder(view)]
     named += [(f"ladder-{_clean(view.case.workload)}-{view.case.id}", figure) for view, figure in several]
     return named
