@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from assay.measure.record import Record
-from assay.measure.verdict import compare_records
+from assay.measure.verdict import Interval, compare_records
 from assay.report import attribution, charts
 from assay.report.markdown import render_markdown
+from assay.report.rows import attribution_rows
 from assay.report.terminal import render_summary
 from assay.report.view import CaseView, case_views
 from tests.report.fixtures import attributed, finished
@@ -125,6 +126,15 @@ def test_chart_has_a_point_for_every_ratio_in_two_colours_on_a_log_scale() -> No
     assert "#0b62b0" in svg
     assert "#8a94a3" in svg
     assert "NaN" not in svg
+
+
+def test_an_interval_that_knows_nothing_is_cut_off_in_the_chart_but_not_in_its_figures() -> None:
+    wide = Interval(ratio=1.2, low=1e-6, high=1e6, confidence=0.95, method="student-launches")
+    narrow = Interval(ratio=1.5, low=1.4, high=1.6, confidence=0.95, method="student-launches")
+    named = [("norm", "added", wide, "unknown", 0.01), ("rope", "added", narrow, "faster", 0.01)]
+    drawn = attribution_rows(named)
+    assert [(r["from"], r["to"]) for r in drawn] == [(0.6, 3.0), (1.4, 1.6)]
+    assert (drawn[0]["low"], drawn[0]["high"]) == (1e-6, 1e6)
 
 
 def test_records_from_before_attribution_still_read() -> None:

@@ -10,7 +10,7 @@ from assay.measure.record import Attribution, spelled_scalar
 from assay.measure.verdict import Comparison, MemoryComparison
 from assay.report import words
 from assay.report.figures import Figure
-from assay.report.rows import attribution_rows
+from assay.report.rows import ATTRIBUTION_FRAME, attribution_rows
 from assay.report.view import CaseView
 
 __all__ = [
@@ -179,7 +179,8 @@ def figures(view: CaseView) -> list[Figure]:
             key=f"{view.case.id}-attribution",
             title="What each ingredient gives",
             caption="Time without it over time with it, with its interval, on a logarithmic scale; right of "
-            "the grey margin it makes the step faster.",
+            "the grey margin it makes the step faster. Intervals are cut off beyond "
+            f"{ATTRIBUTION_FRAME:g} times the outermost ratios.",
             rows=attribution_rows(named),
         )
     ]

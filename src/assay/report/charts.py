@@ -242,11 +242,11 @@ def _attribution() -> Drawing:
         "tooltip": tips,
     }
     ratio = alt.X(
-        "low:Q",
+        "from:Q",
         scale=alt.Scale(type="log", nice=False, padding=16),
         axis=alt.Axis(title="time without it / time with it", tickCount=6, format=".3~f"),
     )
-    bars = _chart().mark_rule(strokeWidth=3, strokeCap="round").encode(x=ratio, x2="high:Q", **shared)
+    bars = _chart().mark_rule(strokeWidth=3, strokeCap="round").encode(x=ratio, x2="to:Q", **shared)
     dots = _chart().mark_point(filled=True, size=45).encode(x="ratio:Q", **shared)
     return _band(across=False) + bars + dots.add_params(pick)
 

@@ -16,6 +16,7 @@ from assay.measure.stats import log_ratios
 from assay.measure.verdict import Comparison, Interval
 
 __all__ = [
+    "ATTRIBUTION_FRAME",
     "Row",
     "Rows",
     "attribution_rows",
@@ -34,6 +35,7 @@ Rows = list[Row]
 _FRAME = (
     6.0  # final half widths: a running interval is cut off beyond, else its first points flatten the rest
 )
+ATTRIBUTION_FRAME = 2.0  # an attribution's intervals are cut off beyond so many times the outermost ratios
 
 
 def stride(n: int, limit: int) -> int:
@@ -92,10 +94,18 @@ def ladder_rows(named: Iterable[tuple[str, Interval, str, float]]) -> Rows:
 
 
 def attribution_rows(named: Iterable[tuple[str, str, Interval, str, float]]) -> Rows:
-    """(ingredient, way, interval, verdict word, margin) -> a row of `ladder_rows` with the way as `a`."""
+    """(ingredient, way, interval, verdict word, margin) -> a row of `ladder_rows` with the way as `a`.
+
+    `from` and `to` are the interval as it is drawn: one that knows nothing would flatten all the others.
+    """
     listed = list(named)
     rows = ladder_rows((label, interval, verdict, margin) for label, _, interval, verdict, margin in listed)
-    return [{**row, "a": way} for row, (_, way, *_) in zip(rows, listed, strict=True)]
+    ratios = [interval.ratio for _, _, interval, _, _ in listed]
+    bottom, top = min(ratios, default=1) / ATTRIBUTION_FRAME, max(ratios, default=1) * ATTRIBUTION_FRAME
+    return [
+        {**row, "a": way, "from": max(interval.low, bottom), "to": min(interval.high, top)}
+        for row, (_, way, interval, _, _) in zip(rows, listed, strict=True)
+    ]
 
 
 def launch_rows(pair: Sequence[Sequence[Record]], comparison: Comparison) -> Rows:
