@@ -14,6 +14,7 @@ from assay.measure.clock import Timing
 from assay.measure.loop import WarmUp
 from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Record, Scalar
 from assay.observer import NullObserver
+from assay.pairs import plain_pairs
 from assay.plan import Plan, make_plan
 from assay.session import Outcome
 from assay.wire import (
@@ -160,7 +161,8 @@ def scripted_plan(arms: Sequence[str] = ("a", "b"), cases: Sequence[Case] = (CAS
     """A plan of arms that only a Stage knows: two launches of four blocks unless told otherwise."""
     given: dict[str, Any] = {"arms": list(arms), "launches": 2, "benchmark_steps": 8}
     config = RunConfig(**given | more)
-    return Plan(config=config, cases=list(cases), arms=[Arm(name=n, target=n) for n in arms])
+    made = [Arm(name=n, target=n) for n in arms]
+    return Plan(config=config, cases=list(cases), arms=made, pairs=plain_pairs(cases, made))
 
 
 def at_sample(number: int, status: str, reason: str = "scripted") -> Fault:

@@ -167,6 +167,9 @@ def test_device_that_is_not_there_ends_with_3_before_anything_is_written(
         (["compare", "--gen-input-length", "2000"], "prompt + output beyond the positions of shape 'seed'"),
         (["compare", "eager"], "one arm cannot be compared"),
         (["compare", "eager", "gone.py:build"], "no file 'gone.py'"),
+        (["compare", "eager", "sdpa", "fused", "--attribute"], "got eager, sdpa, fused"),
+        (["compare", "eager", "hf", "--attribute"], "--attribute cannot take 'hf' apart"),
+        (["compare", "eager", "eager", "--attribute", "--device", "cpu"], "nothing to tell apart"),
         (["list", "variant"], "did you mean 'variants'?"),
         (["run", "gone.yaml"], "cannot read 'gone.yaml'"),
         (["report", "gone"], "no records at gone"),
@@ -182,6 +185,35 @@ def test_mistake_is_one_line_with_4_and_nothing_is_written(
     assert caught.err.startswith("assay: ")
     assert len(caught.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# An attribution
+
+
+def test_attribution_is_asked_for_by_flag_repeated_by_its_yaml_and_drawn_again_from_its_records(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(run, "--attribute", arms=("eager", "fused[compile=false]")) == 0
+    shown = capsys.readouterr().out
+    assert "eager → sdpa" in shown
+    assert "need not multiply up to the total" in shown
+    assert run("run", "run/config.yaml", "--dir", "again") == 0
+    first, again = read_records(tmp_path / "run"), read_records(tmp_path / "again")
+    assert [(r.id, r.attribution) for r in again] == [(r.id, r.attribution) for r in first]
+    capsys.readouterr()
+    assert run("report", "run") == 0
+    assert "need not multiply up to the total" in capsys.readouterr().out
+
+
+def test_ingredient_that_costs_time_fails_no_threshold_as_long_as_the_total_is_not_slower(
+    run: Run, stage: Stage
+) -> None:
+    stage.step_ns = {"eager": 2e6, "eager[attention=sdpa]": 3e6}
+    arms = ("eager", "fused[compile=false]")
+    assert compare(run, "--attribute", "--fail-if-slower", arms=arms) == 0
+    stage.step_ns |= {"fused[compile=false]": 4e6}
+    slower = [*TINY, *FEW, "--dir", "other", "--attribute", "--fail-if-slower"]
+    assert run("compare", *arms, *slower) == 1
 
 
 # Where the results go

@@ -71,10 +71,11 @@ def test_defaults_are_those_of_the_original_and_valid() -> None:
         ("confidence", 1.0, "--margin or --confidence is out of range"),
         ("arms", ["eager"], "one arm cannot be compared; expected two or more arms; got eager"),
         ("arms", [], "got none"),
+        ("attribute", True, "--attribute explains one arm by another"),
     ],
 )
 def test_value_that_no_machine_could_honour_is_refused(key: str, value: Any, said: str) -> None:
-    assert said in refused({key: value})
+    assert said in refused({"arms": ["a", "b", "c"], key: value})
 
 
 def test_launches_until_a_verdict_may_not_be_fewer_than_those_asked_for() -> None:
@@ -221,6 +222,21 @@ def test_arm_may_bring_its_interpreter_and_folder(tmp_path: Path, monkeypatch: p
 def test_option_and_variable_of_one_name_are_two_things() -> None:
     arm = parse_arm("fused[env.compile=1,compile=false]")
     assert (arm.env, arm.options) == ({"compile": "1"}, {"compile": False})
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "wanted"),
+    [
+        ("eager", {"compile": True}, "eager[compile=true]"),
+        ("eager", {}, "eager"),
+        ("eager[]", {}, "eager"),
+        (" fused[ compile = false ] ", {"loss": "torch"}, "fused[compile=false,loss=torch]"),
+        ("fused[compile=false,env.A=1]", {"compile": True}, "fused[compile=true,env.A=1]"),
+    ],
+)
+def test_arm_is_spelled_with_its_changes(text: str, changes: dict[str, Scalar], wanted: str) -> None:
+    assert config.spelled(text, changes) == wanted
+    assert parse_arm(wanted).options == parse_arm(text).options | changes
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,9 @@ def test_planned_command_is_unknown_so_far(command: str) -> None:
 
 
 STRUCTS = [
-    record.Record, record.Case, record.Arm, record.Work, record.Summary, record.Memory, record.PhaseMemory,
-    record.Cold, record.GateReport, record.Figure, record.Environment, record.Method, record.SampleLine,
+    record.Record, record.Case, record.Arm, record.Attribution, record.Work, record.Summary, record.Memory,
+    record.PhaseMemory, record.Cold, record.GateReport, record.Figure, record.Environment, record.Method,
+    record.SampleLine,
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ WHAT = [
     "--weights",
     "--no-compile",
     "--compile-mode",
+    "--attribute",
 ]
 HOW = [
     "--warmup-steps",
@@ -111,6 +112,7 @@ def test_names_of_the_contracts_are_frozen() -> None:
         "Dataset",
         "Decoding",
         "Example",
+        "Ingredient",
         "LanguageModel",
         "Mark",
         "Option",

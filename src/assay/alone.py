@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 from assay.channel import Channel, ask
-from assay.journal import Launch, Pair, alone_record, now
+from assay.journal import Launch, alone_record, now
 from assay.measure.clock import Timing
 from assay.measure.loop import Blocks
 from assay.measure.record import Memory, Record
+from assay.pairs import Pair
 from assay.plan import Plan
 from assay.wire import Build, Built, Finish, Finished, MeasureMemory, Ready, Sample, Sampled, Warm
 

@@ -213,6 +213,7 @@ def _plan(
 ) -> Plan:
     from assay.config import RunConfig
     from assay.measure.record import Arm, Case
+    from assay.pairs import plain_pairs
     from assay.plan import Plan
 
     config = RunConfig(
@@ -227,7 +228,8 @@ def _plan(
         warmup_steps=warmup_steps,
     )
     case = Case(workload="call", dtype="as given", device=_device_of(inputs(seed)), seed=seed)
-    return Plan(config=config, cases=[case], arms=[Arm(name=n, target=n) for n in names])
+    arms = [Arm(name=n, target=n) for n in names]
+    return Plan(config=config, cases=[case], arms=arms, pairs=plain_pairs([case], arms))
 
 
 def _device_of(arguments: object) -> str:

@@ -84,6 +84,9 @@ class What:
     compile_mode: str = "default"
     "default, reduce-overhead or max-autotune."
 
+    attribute: bool = False
+    "Of two arms of the ladder, also measure what each ingredient gives: added alone, and left out."
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +284,7 @@ def _configuration(arms: Sequence[str], what: What, how: How) -> RunConfig:
             "weights": what.weights,
             "compile": not what.no_compile,
             "compile_mode": what.compile_mode,
+            "attribute": what.attribute,
             "warmup_steps": how.warmup_steps,
             "benchmark_steps": how.benchmark_steps,
             "gen_num_iterations": how.gen_num_iterations,

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from assay.errors import UsageError, nearest
-from assay.measure.record import Arm, Scalar, digest
+from assay.measure.record import Arm, Scalar, digest, spelled_scalar
 
-__all__ = ["DTYPES", "RunConfig", "from_mapping", "load", "parse_arm", "parse_scalar", "to_yaml"]
+__all__ = ["DTYPES", "RunConfig", "from_mapping", "load", "parse_arm", "parse_scalar", "spelled", "to_yaml"]
 
 DTYPES = ("auto", "bf16-autocast", "bf16", "fp32")
 LARGEST = 2**63 - 1  # of whole numbers: what a message to a worker, and a tensor's size, can hold
@@ -33,6 +33,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     weights: str = "shared"
     compile: bool = True
     compile_mode: str = "default"
+    attribute: bool = False
     warmup_steps: int = 10
     benchmark_steps: int | None = None
     gen_num_iterations: int | None = None
@@ -98,6 +99,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if len(self.arms) < 2:
             raise UsageError(
                 "one arm cannot be compared", expected="two or more arms", got=", ".join(self.arms) or "none"
+            )
+        if self.attribute and len(self.arms) != 2:
+            raise UsageError(
+                "--attribute explains one arm by another",
+                expected="two arms, the plain and the best",
+                got=", ".join(self.arms),
             )
         self._validate_steps()
         self._validate_time()
@@ -194,6 +201,20 @@ def _ranks(text: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError("nproc= is not a number of processes", expected="a whole number from 1", got=text)
     return value
+
+
+def spelled(text: str, changes: Mapping[str, Scalar]) -> str:
+    """An arm's text with some options changed: what one would type for it.
+
+    `fused[compile=false]` with loss=torch is `fused[compile=false,loss=torch]`.
+    """
+    match = _ARM.fullmatch(text.strip())
+    assert match, f"'{text}' was read once"
+    given = [pair.partition("=") for pair in filter(None, _SPLIT.split((match["options"] or "").strip()))]
+    options = {key.strip(): value.strip() for key, _, value in given}
+    options |= {key: spelled_scalar(value) for key, value in changes.items()}
+    inside = ",".join(f"{key}={value}" for key, value in options.items())
+    return f"{match['target']}[{inside}]" if inside else match["target"]
 
 
 def _interpreter(text: str | None) -> str | None:

@@ -24,6 +24,7 @@ __all__ = [
     "Dataset",
     "Decoding",
     "Example",
+    "Ingredient",
     "LanguageModel",
     "Mark",
     "Option",
@@ -130,6 +131,21 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ingredient:
+    """What an option that `--attribute` may change on its own comes to in a case.
+
+    `plain` is the simplest thing it can be. `trial` is what to try where both arms have the plain one;
+    `why_not` says why there is none here.
+    """
+
+    value: Scalar
+    plain: Scalar
+    needs: Mapping[str, Scalar] = field(default_factory=dict)  # what `value` asks of other ingredients
+    trial: Scalar | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variant:
     """One named way to build a system.
 
@@ -149,6 +165,8 @@ class Variant:
     workloads: tuple[str, ...] = ()  # empty: any
     # raises UsageError before any process starts, for options that no machine could build; no torch
     check: Callable[[Case, Options], None] | None = None
+    # option -> what it comes to in a case, of those that matter there; no torch. None: not a recipe
+    ingredients: Callable[[Case, Options], Mapping[str, Ingredient]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

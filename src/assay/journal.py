@@ -34,36 +34,11 @@ from assay.measure.record import (
     record_id,
 )
 from assay.measure.store import RunStore, completed, latest, read_records
+from assay.pairs import Pair
 from assay.plan import Plan
 from assay.wire import Built, Finished, OracleMade, Ready
 
-__all__ = ["Journal", "Launch", "Pair", "alone_record", "now", "phase_samples"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two arms in one case."""
-
-    case: Case
-    baseline: Arm
-    other: Arm
-
-    @property
-    def arms(self) -> tuple[Arm, Arm]:
-        """Baseline first."""
-        return (self.baseline, self.other)
-
-    def holds(self, record: Record) -> bool:
-        """Whether a record belongs to this pair."""
-        return (record.case, record.baseline, record.other) == (
-            self.case,
-            self.baseline.name,
-            self.other.name,
-        )
-
-    def place(self, launch: int) -> tuple[str, str, str, int]:
-        """The unit of resuming."""
-        return (self.case.id, self.baseline.name, self.other.name, launch)
+__all__ = ["Journal", "Launch", "alone_record", "now", "phase_samples"]
 
 
 @dataclass
@@ -146,6 +121,7 @@ class Journal:
                     first=blocks.order[block] == letter,
                     samples_ns={"step": timing.step_ns, **timing.phases_ns},
                     wall_ns=timing.wall_ns,
+                    baseline=pair.baseline.name,
                 )
             )
 
@@ -204,6 +180,7 @@ class Journal:
             other=other,
             launch=number,
             started=started,
+            attribution=pair.attribution,
             gate=report,
             config=msgspec.to_builtins(self.config),
             config_hash=self.config.hash,

@@ -16,6 +16,7 @@ from assay.config import LARGEST, RunConfig, parse_arm
 from assay.errors import UsageError, nearest
 from assay.measure import device, environment
 from assay.measure.record import Arm, Case, Scalar
+from assay.pairs import Pair, attribution_pairs, plain_pairs
 
 if TYPE_CHECKING:
     from assay.contracts import Option, Variant, Workload
@@ -25,20 +26,16 @@ __all__ = ["Plan", "make_plan", "resolve_options"]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will do. The first arm is the baseline of every pair."""
+    """What a run will do. All arms take the first one's weights; the pairs say who is measured with whom."""
 
     config: RunConfig
     cases: Sequence[Case]
-    arms: Sequence[Arm]
-
-    @property
-    def pairs(self) -> Sequence[tuple[Arm, Arm]]:
-        """Baseline with each other arm."""
-        return [(self.arms[0], other) for other in self.arms[1:]]
+    arms: Sequence[Arm]  # as they were asked for; an attribution's pairs hold others too
+    pairs: Sequence[Pair]  # those of a case stand together, in the order of the cases
 
     def launches(self) -> int:
         """Launches in all, for progress."""
-        return len(self.cases) * len(self.pairs) * self.config.launches
+        return len(self.pairs) * self.config.launches
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -58,7 +55,13 @@ def make_plan(config: RunConfig) -> Plan:
         workloads[case.workload].check(case)
         for arm in arms:
             _check_arm(arm, case)
-    return Plan(config=config, cases=cases, arms=arms)
+    if not config.attribute:
+        return Plan(config=config, cases=cases, arms=arms, pairs=plain_pairs(cases, arms))
+    pairs = attribution_pairs(cases, arms, config.arms)
+    for pair in pairs:
+        for arm in pair.arms:
+            _check_arm(arm, pair.case)
+    return Plan(config=config, cases=cases, arms=arms, pairs=pairs)
 
 
 def _needs_torch(where: str) -> bool:

@@ -22,7 +22,7 @@ from assay import gate
 from assay.channel import Channel, InlineChannel, ProcessChannel, answer, ask
 from assay.config import RunConfig
 from assay.errors import AssayError, Unavailable, UsageError, WorkerError
-from assay.journal import Journal, Launch, Pair, now, phase_samples
+from assay.journal import Journal, Launch, now, phase_samples
 from assay.measure import stats, validity
 from assay.measure.clock import Timing
 from assay.measure.loop import Blocks, interleave, split_evenly
@@ -30,6 +30,7 @@ from assay.measure.record import Arm, Case, Figure, Memory, Record, Status
 from assay.measure.stopping import Stop, after, until
 from assay.measure.verdict import Verdict, compare_records
 from assay.observer import Observer
+from assay.pairs import Pair
 from assay.plan import Plan
 from assay.scratch import scratch_folder
 from assay.wire import (
@@ -57,6 +58,7 @@ Connect = Callable[[Open, Path, float], Channel]
 
 CPU_GATE_FLOPS = 4e10  # one answer of the oracle: seconds in float64 on a few cores
 CUDA_GATE_FLOPS = 2e13  # under a second in float64 on a data-centre GPU
+IMPORTING = 4  # workers that start at once for the meaning tier: an attribution has a score of arms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +134,7 @@ class _Session:
 
     def _case(self, case: Case) -> None:
         """Oracle and meaning tier once; then each pair that passed, launch by launch."""
-        pairs = [Pair(case=case, baseline=b, other=o) for b, o in self.plan.pairs]
-        pairs = [pair for pair in pairs if not self._complete(pair)]
+        pairs = [pair for pair in self.plan.pairs if pair.case == case and not self._complete(pair)]
         if not pairs:
             return
         try:
@@ -368,9 +369,13 @@ class _Session:
         failed: dict[str, tuple[Status, str]] = {}
         with contextlib.ExitStack() as stack:
             channels: dict[str, Channel] = {}
-            for name, arm in arms.items():  # their imports overlap; they work one after the other
-                channels[name] = stack.enter_context(contextlib.closing(self._open(case, arm)))
-            for name, channel in channels.items():
+            names = list(arms)
+            for place, name in enumerate(names):  # their imports overlap; they work one after the other
+                for ahead in names[place : place + IMPORTING]:
+                    if ahead not in channels:
+                        opened = contextlib.closing(self._open(case, arms[ahead]))
+                        channels[ahead] = stack.enter_context(opened)
+                channel = channels[name]
                 self.observer.doing(case, name, "gate, meaning")
                 try:
                     answer(channel, Opened)
@@ -428,11 +433,10 @@ class _Session:
             return True
         if not self.config.until_verdict or number >= self.config.max_launches:
             return False
-        family = len(self.plan.cases) * len(self.plan.pairs)
         found = compare_records(
             [r for r in self.journal.records if pair.holds(r)],
             margin=self.config.margin,
-            confidence=stats.bonferroni(self.config.confidence, family),
+            confidence=stats.bonferroni(self.config.confidence, len(self.plan.pairs)),
             stored=None,
             asked_launches=self.config.launches,
             anytime=True,

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from assay.measure.record import (
     Arm,
+    Attribution,
     Case,
     Cold,
     Environment,
@@ -29,7 +31,14 @@ from assay.measure.record import (
     Work,
     record_id,
 )
-from assay.measure.verdict import Comparison, Interval, MemoryComparison, Noise, Verdict
+from assay.measure.verdict import (
+    Comparison,
+    Interval,
+    MemoryComparison,
+    Noise,
+    Verdict,
+    compare_records,
+)
 
 RUN = "20250301-120000-demo"
 BASELINE, OTHER, REFUSED = "eager", "fused", "no-causal-mask"
@@ -100,6 +109,89 @@ class Finished:
 
     records: tuple[Record, ...]
     comparisons: tuple[Comparison, ...]
+
+
+# What each pair of an attribution stands for, and its arms.
+PARTS = (
+    (
+        Attribution(kind="total", left_out=["rope: torch in both; Liger's kernel needs a CUDA device"]),
+        ("eager", "fused"),
+    ),
+    (
+        Attribution(kind="add", ingredient="attention", before="eager", after="sdpa"),
+        ("eager", "eager[attention=sdpa]"),
+    ),
+    (
+        Attribution(kind="leave", ingredient="attention", before="eager", after="sdpa"),
+        ("fused[attention=eager]", "fused"),
+    ),
+    (
+        Attribution(kind="add", ingredient="norm", before="torch", after="liger", swapped=True),
+        ("eager", "eager[norm=liger]"),
+    ),
+    (
+        Attribution(kind="leave", ingredient="norm", before="torch", after="liger", swapped=True),
+        ("fused", "fused[norm=liger]"),
+    ),
+    (
+        Attribution(kind="add", ingredient="compile", before=False, after=True),
+        ("eager", "eager[compile=true]"),
+    ),
+    (
+        Attribution(kind="leave", ingredient="compile", before=False, after=True, along=["cuda_graph"]),
+        ("fused[compile=false,cuda_graph=false]", "fused"),
+    ),
+    (
+        Attribution(kind="add", ingredient="cuda_graph", before=False, after=True, given={"compile": True}),
+        ("eager[compile=true]", "eager[compile=true,cuda_graph=true]"),
+    ),
+    (
+        Attribution(kind="leave", ingredient="cuda_graph", before=False, after=True),
+        ("fused[cuda_graph=false]", "fused"),
+    ),
+)
+# Time of an arm over that of eager; the gate refuses the arm that is not here.
+SHARES = {
+    "eager": 1.0,
+    "fused": 0.42,
+    "eager[attention=sdpa]": 0.66,
+    "fused[attention=eager]": 0.55,
+    "eager[norm=liger]": 0.9,
+    "eager[compile=true]": 0.62,
+    "fused[compile=false,cuda_graph=false]": 0.71,
+    "eager[compile=true,cuda_graph=true]": 0.633,
+    "fused[cuda_graph=false]": 0.42,
+}
+
+
+def attributed(launches: int = 5, blocks: int = 10) -> Finished:
+    """An attribution of inference: every pair measured but one, which the gate refused."""
+    case, records = case_of("infer"), []
+    for place, (about, arms) in enumerate(PARTS):
+        rng, refused = np.random.default_rng([11, place]), any(name not in SHARES for name in arms)
+        for launch in range(1 if refused else launches):
+            for side, name in enumerate(arms):
+                if refused:
+                    made = failed(case, name if name in SHARES else REFUSED, launch)
+                else:
+                    made = measured(case, name, side, launch, blocks, rng, arms[1])
+                records.append(_part(made, about, arms, name))
+    return Finished(tuple(records), tuple(compare_records(records, stored=None, asked_launches=launches)))
+
+
+def _part(made: Record, about: Attribution, arms: tuple[str, str], name: str) -> Record:
+    """A record as one arm's of a pair of an attribution, with the times of that arm."""
+    side = arms.index(name)
+    scale = SHARES.get(name, 1) * TIMES_MS["infer"]["forward"][0] / TIMES_MS["infer"]["forward"][side]
+    return msgspec.structs.replace(
+        made,
+        id=record_id(RUN, made.case, *arms, name, made.launch),
+        arm=Arm(name=name, target=name.partition("[")[0]),
+        baseline=arms[0],
+        other=arms[1],
+        attribution=about,
+        samples_ns={phase: [ns * scale for ns in times] for phase, times in made.samples_ns.items()},
+    )
 
 
 def case_of(workload: str) -> Case:

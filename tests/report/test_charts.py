@@ -29,7 +29,8 @@ def test_themes_differ_in_their_colours_only() -> None:
 
 def test_a_case_with_laps_shows_every_kind_of_chart() -> None:
     found = [f.kind for f in comparison_figures(GENERATE, GENERATE.comparisons[0], 100)]
-    assert set(found) | {"ladder", "roofline", "lengths", "batches"} == set(charts.KINDS)
+    others = {"ladder", "attribution", "roofline", "lengths", "batches"}
+    assert set(found) | others == set(charts.KINDS)
 
 
 def test_an_arm_without_ratio_has_no_charts() -> None:

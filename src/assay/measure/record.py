@@ -17,6 +17,7 @@ import msgspec
 __all__ = [
     "SCHEMA",
     "Arm",
+    "Attribution",
     "Case",
     "Cold",
     "Environment",
@@ -120,6 +121,22 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True):
 def devices(case: Case, arm: Arm) -> int:
     """How many devices an arm works on: a GPU a rank; on the CPU all ranks share the one machine."""
     return arm.nproc if case.device.startswith("cuda") else 1
+
+
+class Attribution(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a pair of `--attribute` measures: the whole recipe, or one ingredient of it.
+
+    The pair's baseline is always without the ingredient and its other arm with it.
+    """
+
+    kind: str  # total | add (to the first arm) | leave (out of the second)
+    ingredient: str = ""
+    before: Scalar | None = None  # the ingredient in the pair's baseline
+    after: Scalar | None = None  # the ingredient in the pair's other arm
+    given: dict[str, Scalar] = {}  # what the ingredient needs, set in both arms
+    along: list[str] = []  # ingredients that need what is taken away, and go with it
+    swapped: bool = False  # both recipes have the value `before`; `after` was tried in its place
+    left_out: list[str] = []  # of the total: ingredients that were not tried, each with its reason
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -266,6 +283,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     other: str
     launch: int
     started: str  # ISO 8601, UTC
+    attribution: Attribution | None = None  # of a run with `--attribute`
     phases: list[str] = []  # in order; `step` is the whole and always there
     samples_ns: dict[str, list[float]] = {}  # phase -> one value a block
     wall_ns: list[float] = []  # host time of the same samples
@@ -301,6 +319,7 @@ class SampleLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     samples_ns: dict[str, float]
     wall_ns: float
     item: str = ""  # the data set item it belongs to, where there is one
+    baseline: str = ""  # of the pair
 
 
 def record_id(run: str, case: Case, baseline: str, other: str, arm: str, launch: int) -> str:
@@ -311,3 +330,8 @@ def record_id(run: str, case: Case, baseline: str, other: str, arm: str, launch:
 def flat_params(params: Mapping[str, Scalar]) -> str:
     """`a=1 b=2`, for tables."""
     return " ".join(f"{k}={v}" for k, v in params.items())
+
+
+def spelled_scalar(value: Scalar) -> str:
+    """As one types it on the command line: `true`, not `True`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

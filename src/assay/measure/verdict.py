@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from assay.measure import stats
-from assay.measure.record import Case, Record, Status
+from assay.measure.record import Attribution, Case, Record, Status
 
 __all__ = [
     "Comparison",
@@ -113,6 +113,13 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return self.interval.ratio * self.nproc[0] / self.nproc[1]
 
+    attribution: Attribution | None = None
+
+    @property
+    def headline(self) -> bool:
+        """Whether these are two arms that were asked for, not one ingredient of them."""
+        return self.attribution is None or self.attribution.kind == "total"
+
 
 _BARRED = (Status.GATE_FAILED, Status.PROOF_FAILED, Status.IMPLAUSIBLE, Status.INVALID)
 _WORST_FIRST = (
@@ -149,7 +156,8 @@ def exit_code(comparisons: Sequence[Comparison], records: Sequence[Record], fail
     """The exit code of a run: the first of these that applies.
 
     2 a gate or proof failed; 3 nothing was measured; with `fail_if_slower`, 1 some arm is slower, 5 some
-    arm has no verdict (one launch alone never fails a threshold: its verdict counts as unknown); 0.
+    arm has no verdict (one launch alone never fails a threshold: its verdict counts as unknown); 0. Of an
+    attribution only the total is held against the threshold.
     """
     statuses = {r.status for r in records}
     if statuses & {Status.GATE_FAILED, Status.PROOF_FAILED}:
@@ -157,7 +165,8 @@ def exit_code(comparisons: Sequence[Comparison], records: Sequence[Record], fail
     if not any(status.measured for status in statuses):
         return 3
     if fail_if_slower:
-        verdicts = [Verdict.UNKNOWN if c.scope or c.verdict is None else c.verdict for c in comparisons]
+        asked = [c for c in comparisons if c.headline]
+        verdicts = [Verdict.UNKNOWN if c.scope or c.verdict is None else c.verdict for c in asked]
         if Verdict.SLOWER in verdicts:
             return 1
         if Verdict.UNKNOWN in verdicts:
@@ -226,6 +235,7 @@ def _compare(launches: Mapping[int, _Launch], rules: _Rules) -> Comparison:
         left_out=left_out,
         margin=rules.margin,
         family=rules.family,
+        attribution=record.attribution,
     )
     barred = _barred(launches, names)
     if barred or not used:

@@ -34,7 +34,13 @@ _PAPER = {
 }
 _ARMS = ("--base", "--other", "--third", "--fourth", "--fifth", "--sixth")
 _WIDTH = 640  # of a chart in a file, pixels
-_ROWS = {"ladder": ("label", 30), "launches": ("l", 24), "distribution": ("l", 34), "memory": ("phase", 34)}
+_ROWS = {
+    "ladder": ("label", 30),
+    "attribution": ("label", 36),
+    "launches": ("l", 24),
+    "distribution": ("l", 34),
+    "memory": ("phase", 34),
+}
 _HEIGHT = 200  # of a chart whose rows are not counted, pixels
 _TALL = {"roofline": 320, "lengths": 260, "batches": 260}
 _LEADING = "round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))"  # digit of a tick
@@ -227,6 +233,33 @@ def _ladder() -> Drawing:
     return _band(across=False) + bars + dot.encode(y=rung, x="ratio:Q", tooltip=tips)
 
 
+def _attribution() -> Drawing:
+    """What an ingredient gives, added alone and left out alone: right of 1 it makes the step faster."""
+    pick = _pick()
+    colour, _ = _arm(pick)
+    tips = [
+        _tip("label:N", "ingredient"),
+        _tip("a:N", "measured"),
+        _tip("verdict:N", "verdict"),
+        *_RATIO_TIPS,
+    ]
+    shared = {
+        "y": alt.Y("label:N", sort=None, axis=alt.Axis(title=None, labelLimit=150)),
+        "yOffset": alt.YOffset("a:N", sort=None),
+        "color": colour,
+        "opacity": alt.condition(pick, alt.value(1), alt.value(0.1)),
+        "tooltip": tips,
+    }
+    ratio = alt.X(
+        "from:Q",
+        scale=alt.Scale(type="log", nice=False, padding=16),
+        axis=alt.Axis(title="time without it / time with it", tickCount=6, format=".3~f"),
+    )
+    bars = _chart().mark_rule(strokeWidth=3, strokeCap="round").encode(x=ratio, x2="to:Q", **shared)
+    dots = _chart().mark_point(filled=True, size=45).encode(x="ratio:Q", **shared)
+    return _band(across=False) + bars + dots.add_params(pick)
+
+
 def _launches() -> Drawing:
     """The mean ratio of each launch: what the verdict's interval is made of."""
     tips = [_tip("l:O", "launch"), _RATIO_TIPS[0]]
@@ -355,6 +388,7 @@ def _batches() -> Drawing:
 
 KINDS = {
     "ladder": _ladder,
+    "attribution": _attribution,
     "launches": _launches,
     "narrowing": _narrowing,
     "distribution": _distribution,

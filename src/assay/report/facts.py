@@ -81,8 +81,9 @@ def arm_cells(view: CaseView) -> list[tuple[str, ...]]:
 
 def _arm_row(view: CaseView, place: int) -> tuple[str, ...]:
     arm = view.arms[place]
-    judged = next((c for c in view.comparisons if c.other == arm.name), None)
-    ratio, verdict = ("1", "baseline") if view.comparisons else (words.UNKNOWN, words.UNKNOWN)
+    judged, ratio, verdict = view.judged(arm.name), words.UNKNOWN, words.UNKNOWN
+    if view.comparisons and arm.name == view.baseline:
+        ratio, verdict = "1", "baseline"
     if judged:
         ratio = words.ratio(judged.interval) if judged.interval else words.UNKNOWN
         verdict = words.verdict_word(judged)
@@ -106,7 +107,7 @@ def phase_cells(view: CaseView) -> list[tuple[str, ...]]:
     phases = tuple(dict.fromkeys(p for arm in view.arms for p in arm.phases))
     for phase in phases if len(phases) > 1 else ():
         for arm in (a for a in view.arms if phase in a.phases):
-            judged = next((c for c in view.comparisons if c.other == arm.name), None)
+            judged = view.judged(arm.name)
             ratio = words.ratio(judged.phases[phase]) if judged and phase in judged.phases else ""
             rows.append((phase, arm.name, words.duration(arm.median_ns(phase)), ratio))
     return rows

@@ -138,13 +138,13 @@ def _lap_figures(view: CaseView, comparison: Comparison, key: str) -> list[Figur
 
 def ladder(view: CaseView) -> list[Figure]:
     """The arms of a case against its baseline, where there is more than one ratio."""
-    named = [(c.other, c.interval, words.verdict_word(c), c.margin) for c in view.comparisons if c.interval]
+    named = [(c.other, c.interval, words.verdict_word(c), c.margin) for c in view.headlines if c.interval]
     return _ladder(f"{view.case.id}-ladder", "Ladder of variants", named)
 
 
 def overview(views: Sequence[CaseView]) -> list[Figure]:
     """Every ratio of the report on one scale, the first forty. Labels that repeat are numbered."""
-    judged = [(view.case, c, c.interval) for view in views for c in view.comparisons if c.interval]
+    judged = [(view.case, c, c.interval) for view in views for c in view.headlines if c.interval]
     labels = [f"{c.other} · {case.workload}" for case, c, _ in judged[:_RUNGS]]
     repeated = {label for label, n in Counter(labels).items() if n > 1}
     named = [

@@ -18,7 +18,7 @@ import msgspec
 from assay.errors import AssayError
 from assay.measure.record import Record
 from assay.measure.verdict import Comparison
-from assay.report import charts, facts, words
+from assay.report import attribution, charts, facts, words
 from assay.report.figures import (
     Figure,
     comparison_figures,
@@ -145,7 +145,7 @@ def _data(figures: Iterable[Figure]) -> str:
 
 
 def _title(views: Sequence[CaseView]) -> str:
-    first = next((c for view in views for c in view.comparisons), None)
+    first = next((c for view in views for c in view.headlines), None)
     return f"Assay: {words.sentence(first)}" if first else "Assay report"
 
 
@@ -216,7 +216,7 @@ def _figure(figure: Figure) -> Safe:
 
 
 def _verdicts(views: Sequence[CaseView], shown: list[Figure]) -> Safe:
-    items = [_verdict(view, c) for view in views for c in view.comparisons]
+    items = [_verdict(view, c) for view in views for c in view.headlines]
     many = " many" if len(items) > _CARDS else ""
     rest = sum(c.interval is not None for view in views for c in view.comparisons) - _CHARTED
     note = (
@@ -254,10 +254,8 @@ def _case(view: CaseView, shown: list[Figure], charted: Mapping[int, int], cases
         arms,
         element("p", shares, attributes={"class": "soft small"}) if shares else "",
         _figures(ladder(view), shown),
-        *(
-            _comparison(view, comparison, shown, charted.get(id(comparison), 0))
-            for comparison in view.comparisons
-        ),
+        *(_comparison(view, c, shown, charted.get(id(c), 0)) for c in view.headlines),
+        _attribution(view, shown, charted),
         _phases(view),
         _roofline(view, shown, charted),
         _gate(view),
@@ -269,6 +267,24 @@ def _case(view: CaseView, shown: list[Figure], charted: Mapping[int, int], cases
         inside = [element("details", element("summary", "Evidence"), *inside[1:])]
         inside.insert(0, arms)
     return _section(view.case.id, view.case.workload, details, *inside)
+
+
+def _attribution(view: CaseView, shown: list[Figure], charted: Mapping[int, int]) -> Safe:
+    """What each ingredient gives; the pairs behind it open on demand."""
+    cells = attribution.cells(view)
+    if not cells:
+        return Safe("")
+    said = [element("p", line, attributes={"class": "soft small"}) for line in attribution.remarks(view)]
+    pairs = [_comparison(view, c, shown, charted.get(id(c), 0)) for c in view.comparisons if not c.headline]
+    return join(
+        [
+            element("h3", "Attribution"),
+            table(attribution.HEADERS, cells, attribution.NUMBERS),
+            *said,
+            _figures(attribution.figures(view), shown),
+            element("details", element("summary", "Pair by pair"), *pairs),
+        ]
+    )
 
 
 def _comparison(view: CaseView, comparison: Comparison, shown: list[Figure], points: int) -> Safe:

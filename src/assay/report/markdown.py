@@ -9,7 +9,7 @@ import msgspec
 
 from assay.measure.record import Record
 from assay.measure.verdict import Comparison
-from assay.report import facts, words
+from assay.report import attribution, facts, words
 from assay.report.sweeps import Sweep, sweeps
 from assay.report.view import CaseView, case_views, environments, failures_of, gate_rows, warnings_of
 
@@ -49,7 +49,7 @@ def _summary(records: Sequence[Record], views: Sequence[CaseView]) -> str:
     lines = [
         f"- **{_text(words.verdict_word(c))}** · {_text(view.case)}: {_text(words.sentence(c))}"
         for view in views
-        for c in view.comparisons
+        for c in view.headlines
     ]
     runs = ", ".join(f"`{run}`" for run in dict.fromkeys(r.run for r in records))
     return "\n".join([*lines, "", f"Run {runs}, {words.count(len(records), 'record')}."]).strip()
@@ -58,8 +58,9 @@ def _summary(records: Sequence[Record], views: Sequence[CaseView]) -> str:
 def _case(view: CaseView) -> str:
     parts = [
         f"## {_text(view.case)}",
-        *(_comparison(c) for c in view.comparisons),
+        *(_comparison(c) for c in view.headlines),
         _arms(view),
+        *_attribution(view),
         _phases(view),
         _roofline(view),
     ]
@@ -78,6 +79,14 @@ def _case(view: CaseView) -> str:
         )
         parts += ["### Warnings", "\n".join(said)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _attribution(view: CaseView) -> list[str]:
+    cells = attribution.cells(view)
+    if not cells:
+        return []
+    said = "\n".join(f"- {_text(line)}" for line in attribution.remarks(view))
+    return ["### Attribution", _table(attribution.HEADERS, cells, attribution.NUMBERS), said]
 
 
 def _arms(view: CaseView) -> str:

@@ -19,8 +19,10 @@ from assay.report.roofline import Point
 from assay.report.sweeps import SweepPoint
 
 __all__ = [
+    "ATTRIBUTION_FRAME",
     "Row",
     "Rows",
+    "attribution_rows",
     "ladder_rows",
     "lap_rows",
     "launch_rows",
@@ -39,6 +41,7 @@ _MARGIN = 3.0  # a roof goes on this far beyond its outermost point
 _FRAME = (
     6.0  # final half widths: a running interval is cut off beyond, else its first points flatten the rest
 )
+ATTRIBUTION_FRAME = 2.0  # an attribution's intervals are cut off beyond so many times the outermost ratios
 
 
 def stride(n: int, limit: int) -> int:
@@ -93,6 +96,21 @@ def ladder_rows(named: Iterable[tuple[str, Interval, str, float]]) -> Rows:
             "m1": 1 + margin,
         }
         for label, interval, verdict, margin in named
+    ]
+
+
+def attribution_rows(named: Iterable[tuple[str, str, Interval, str, float]]) -> Rows:
+    """(ingredient, way, interval, verdict word, margin) -> a row of `ladder_rows` with the way as `a`.
+
+    `from` and `to` are the interval as it is drawn: one that knows nothing would flatten all the others.
+    """
+    listed = list(named)
+    rows = ladder_rows((label, interval, verdict, margin) for label, _, interval, verdict, margin in listed)
+    ratios = [interval.ratio for _, _, interval, _, _ in listed]
+    bottom, top = min(ratios, default=1) / ATTRIBUTION_FRAME, max(ratios, default=1) * ATTRIBUTION_FRAME
+    return [
+        {**row, "a": way, "from": max(interval.low, bottom), "to": min(interval.high, top)}
+        for row, (_, way, interval, _, _) in zip(rows, listed, strict=True)
     ]
 
 

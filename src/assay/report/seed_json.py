@@ -58,7 +58,7 @@ def seed_results(records: Sequence[Record], comparisons: Sequence[Comparison]) -
     `default_model` is the baseline, `example_model` the first other arm. A workload that did not run is
     absent; an arm without measurement leaves its numbers out and the speedups null.
     """
-    first = comparisons[0] if comparisons else None
+    first = next((c for c in comparisons if c.headline), None)
     baseline = first.baseline if first else (records[0].baseline if records else "")
     other = first.other if first else ""
     pairs = _pairs(case_views(records, comparisons), baseline, other)

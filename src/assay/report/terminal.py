@@ -11,7 +11,7 @@ from rich.text import Text
 
 from assay.measure.record import Record
 from assay.measure.verdict import Comparison
-from assay.report import facts, words
+from assay.report import attribution, facts, words
 from assay.report.view import CaseView, case_views, failures_of, gate_summary, warnings_of
 
 __all__ = ["render_summary"]
@@ -44,13 +44,18 @@ def render_summary(
 
 def _print_case(view: CaseView, console: Console, verbose: bool) -> None:
     _hang(console, "", Text(str(view.case), style="bold"))
-    for comparison in view.comparisons:
+    for comparison in view.headlines:
         _print_comparison(comparison, console)
-    roofs = [_roof_table(view)] if verbose else []
-    for table in (_speed_table(view), _cost_table(view), *roofs, _gate_table(view)):
+    tables: list[tuple[Table, Sequence[str]]] = [(_speed_table(view), []), (_cost_table(view), [])]
+    if verbose:
+        tables.append((_roof_table(view), []))
+    tables += [(_attribution_table(view), attribution.remarks(view)), (_gate_table(view), [])]
+    for table, remarks in tables:
         if table.row_count:
             console.print()
             console.print(Padding(table, (0, 0, 0, 2)))
+            for line in remarks:
+                _hang(console, "  ", Text(line, style="dim"))
     notes = [*_failures(view), *_warnings(view)]
     if any(share is not None for arm in view.arms for share in (arm.point().mfu, arm.point().mbu)):
         notes.insert(0, Text("MFU, MBU: share of the ceilings measured on this machine", style="dim"))
@@ -74,7 +79,7 @@ def _print_verdicts(views: Sequence[CaseView], console: Console) -> None:
     console.print(Text("verdicts", style="bold"))
     for view in views:
         _hang(console, "  ", Text(str(view.case), style="dim"))
-        for comparison in view.comparisons:
+        for comparison in view.headlines:
             _hang(console, "    ", _sentence(comparison))
 
 
@@ -105,10 +110,9 @@ def _table(*headers: str) -> Table:
 
 def _speed_table(view: CaseView) -> Table:
     table = _table("arm", "median", "ratio to baseline", "verdict", "memory")
-    found = {c.other: c for c in view.comparisons}
-    for arm in view.arms:
+    for arm in view.asked:
         ratio, verdict, memory = "", Text(""), ""
-        if c := found.get(arm.name):
+        if c := view.judged(arm.name):
             ratio = words.ratio(c.interval) if c.interval else words.UNKNOWN
             verdict = Text(words.verdict_word(c), style=_style(c))
             memory = c.memory.verdict if c.memory else ""
@@ -121,7 +125,7 @@ def _speed_table(view: CaseView) -> Table:
 def _cost_table(view: CaseView) -> Table:
     """Peak memory, share of this machine's measured ceilings, and cold start."""
     table = _table("arm", "peak MiB", "MFU", "MBU", "build", "first call")
-    for arm in (a for a in view.arms if a.measured):
+    for arm in (a for a in view.asked if a.measured):
         step, cold = arm.point(), arm.cold
         table.add_row(
             Text(arm.name),
@@ -156,6 +160,23 @@ def _roof_table(view: CaseView) -> Table:
     return table
 
 
+def _attribution_table(view: CaseView) -> Table:
+    """Two lines an ingredient: ratios, then verdicts and MiB with it against without it."""
+    table = _table("ingredient", f"{attribution.ADDED}: ratio, MiB", f"{attribution.LEFT_OUT}: ratio, MiB")
+    for one in attribution.contributions(view):
+        name = Text.assemble(one.ingredient, "\n", (attribution.what_changed(one), "dim"))
+        table.add_row(name, *(_contribution(c) for c in (one.added, one.left_out)))
+    return table
+
+
+def _contribution(comparison: Comparison | None) -> Text:
+    if comparison is None:
+        return Text(words.UNKNOWN)
+    word = (words.verdict_word(comparison), _style(comparison))
+    memory = attribution.memory_change(comparison)
+    return Text.assemble(attribution.ratio(comparison), "\n", word, f", {memory}")
+
+
 def _gate_table(view: CaseView) -> Table:
     table = _table("gate", "quantity", "worst error", "limit", "arm")
     for row in gate_summary(view):
@@ -172,7 +193,7 @@ def _gate_table(view: CaseView) -> Table:
 
 def _failures(view: CaseView) -> list[Text]:
     """Statuses with their reasons, except those that a sentence has given already."""
-    said = " ".join(c.reason for c in view.comparisons)
+    said = " ".join(c.reason for c in view.headlines)
     return [
         Text(f"{arm}: {words.outcome(outcome.status, outcome.launches, outcome.reason)}", style="magenta")
         for arm, outcome in failures_of(view)

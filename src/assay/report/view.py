@@ -117,6 +117,26 @@ class CaseView:
     comparisons: tuple[Comparison, ...]
 
     @functools.cached_property
+    def headlines(self) -> tuple[Comparison, ...]:
+        """The comparisons of arms that were asked for; of an attribution the total alone."""
+        return tuple(c for c in self.comparisons if c.headline)
+
+    @functools.cached_property
+    def baseline(self) -> str:
+        """The arm that the others were asked to be compared with."""
+        return self.headlines[0].baseline if self.headlines else self.arms[0].name
+
+    @functools.cached_property
+    def asked(self) -> tuple[ArmView, ...]:
+        """The arms that were asked for: all of them, unless ingredients were changed one at a time."""
+        names = {name for c in self.headlines for name in (c.baseline, c.other)}
+        return tuple(arm for arm in self.arms if arm.name in names) or self.arms
+
+    def judged(self, arm: str) -> Comparison | None:
+        """An arm against the case's baseline; None for the baseline, and where they were no pair."""
+        return next((c for c in self.comparisons if (c.baseline, c.other) == (self.baseline, arm)), None)
+
+    @functools.cached_property
     def records(self) -> tuple[Record, ...]:
         """All records of the case."""
         return tuple(r for arm in self.arms for r in arm.records)

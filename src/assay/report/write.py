@@ -10,7 +10,7 @@ from typing import Literal
 from assay.measure.record import Record
 from assay.measure.store import write_atomically
 from assay.measure.verdict import Comparison
-from assay.report import charts
+from assay.report import attribution, charts
 from assay.report.figures import (
     Figure,
     comparison_figures,
@@ -67,14 +67,14 @@ def _named(records: Sequence[Record], comparisons: Sequence[Comparison]) -> list
     """File name without its ending -> chart. Names come from arms, so they are cleaned and numbered."""
     views = case_views(records, comparisons)
     named = [("overview", figure) for figure in overview(views)]
-    judged = [(view, c) for view in views for c in view.comparisons if c.interval]
+    judged = [(view, c) for view in views for c in view.headlines if c.interval]
     points = points_for(len(comparisons))
     for i, (view, comparison) in enumerate(judged[:CHARTED], start=1):
         stem = f"{i:02d}-{_clean(view.case.workload)}-{_clean(comparison.other)}"
         found = comparison_figures(view, comparison, points)
         named += [(f"{stem}-{_clean(figure.title)}", figure) for figure in found]
     for view in views[:CHARTED]:
-        for figure in (*ladder(view), *roofline(view)):
+        for figure in (*attribution.figures(view), *ladder(view), *roofline(view)):
             named.append((f"{figure.kind}-{_clean(view.case.workload)}-{view.case.id}", figure))
     named += [(_clean(figure.key), figure) for sweep in sweeps(views) for figure in sweep_figures(sweep)]
     return named

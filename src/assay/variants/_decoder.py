@@ -6,9 +6,10 @@ they differ in the defaults. `auto` lets the arm choose by the case, and `recipe
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 
-from assay.contracts import Case, Claim, LanguageModel, Option, Options, Scalar, Variant
+from assay.contracts import Case, Claim, Ingredient, LanguageModel, Option, Options, Scalar, Variant
 from assay.errors import UsageError
 from assay.systems.decoder.cost import forward_flops
 from assay.systems.decoder.parts import INGREDIENTS, Parts
@@ -29,6 +30,8 @@ _LIGER = {
     "swiglu": "ops.LigerSiLUMulFunction",
     "rope": "ops.LigerRopeFunction",
 }
+# Ingredients that matter to one workload only.
+_ONLY = {"loss": "train", "cache": "generate"}
 _MODE = Option(
     default="default", help="torch.compile's mode", choices=("default", "reduce-overhead", "max-autotune")
 )
@@ -83,6 +86,7 @@ def rung(name: str, summary: str, defaults: Mapping[str, Scalar], requires: tupl
         oracle=oracle,
         workloads=("train", "infer", "generate"),
         check=check,
+        ingredients=lambda case, chosen: ingredients(case, parts(case, chosen)),
     )
 
 
@@ -148,6 +152,42 @@ def _on_ranks(options: Options, ranks: int) -> Options:
         if options[name] is True:
             raise UsageError(f"{name}=true needs one process", got=f"nproc={ranks}", remedy=f"{name}=false")
     return {**options, "merged": False, "cuda_graph": False}
+
+
+def ingredients(case: Case, made: Parts) -> dict[str, Ingredient]:
+    """What an attribution may change in a recipe: every ingredient that the case's workload sees.
+
+    A recipe without Liger's norm, swiglu or rope may try it where it can run.
+    """
+    generates = case.workload == "generate"
+    graph_needs: dict[str, Scalar] = {"cache": "static"} if generates else {"compile": True}
+    cuda = case.device.startswith("cuda")
+    no_liger = _no_liger(cuda)
+    found = {}
+    for name, (choices, _) in INGREDIENTS.items():
+        if _ONLY.get(name, case.workload) != case.workload:
+            continue
+        value, tried, why_not = getattr(made, name), None, ""
+        if name in _LIGER and value == choices[0]:
+            tried, why_not = (None, no_liger) if no_liger else ("liger", "")
+        elif name == "cuda_graph" and not cuda:
+            why_not = "a CUDA graph needs a CUDA device"
+        needs = graph_needs if name == "cuda_graph" and value else {}
+        found[name] = Ingredient(value=value, plain=choices[0], needs=needs, trial=tried, why_not=why_not)
+    plain = _MODE.default
+    mode = made.compile_mode if made.compile else plain  # nothing else has one
+    found["compile_mode"] = Ingredient(
+        value=mode, plain=plain, needs={"compile": True} if mode != plain else {}
+    )
+    return found
+
+
+def _no_liger(cuda: bool) -> str:
+    """Why Liger's kernels cannot run here; empty where they can."""
+    if not cuda:
+        return "Liger's kernel needs a CUDA device"
+    missing = importlib.util.find_spec("liger_kernel") is None
+    return "Liger's kernel needs liger-kernel (pip install 'assay[liger]')" if missing else ""
 
 
 def _flops(case: Case) -> float:
