@@ -56,23 +56,16 @@ class Generator:
         cache_bucket: int = 256,
         keep: int = 4,
     ) -> None:
-        own = model.lm_head.weight.dtype
-        self._at = Precision(own) if dtype is None else precision(dtype)
-        if self._at.weights != own:
-            raise UsageError(
-                f"dtype '{dtype}' is not that of the model",
-                expected=f"weights in {self._at.weights}",
-                got=own,
-                remedy="load the model in it",
-            )
         for name, size in (("prompt_bucket", prompt_bucket), ("cache_bucket", cache_bucket), ("keep", keep)):
             if size < 1:
                 raise UsageError(f"{name} must be positive", expected="at least 1", got=size)
         if model.parts.compile:
             require_compiler(str(model.lm_head.weight.device))
-        self._model, self._cuda_graph, self._compile_prompts = model, cuda_graph, compile_prompts
+        self._model, self._dtype = model, dtype
+        self._cuda_graph, self._compile_prompts = cuda_graph, compile_prompts
         self._prompt_bucket, self._cache_bucket, self._keep = prompt_bucket, cache_bucket, keep
         self._idle: OrderedDict[_Key, StaticDecoding] = OrderedDict()  # the last used one last
+        self._precision()
 
     def generate(
         self,
@@ -176,11 +169,24 @@ class Generator:
             self._model,
             key[0],
             key[1],
-            at=self._at,
+            at=self._precision(),
             compile_mode=parts.compile_mode if parts.compile else None,
             compile_prompts=self._compile_prompts,
             cuda_graph=self._cuda_graph,
         )
+
+    def _precision(self) -> Precision:
+        """The model's own, or the one asked for over its weights."""
+        own = self._model.lm_head.weight.dtype
+        at = Precision(own) if self._dtype is None else precision(self._dtype)
+        if at.weights != own:
+            raise UsageError(
+                f"dtype '{self._dtype}' does not go with the model",
+                expected=f"weights in {at.weights}",
+                got=own,
+                remedy="load the model in it",
+            )
+        return at
 
     def _request(
         self, prompts: Prompts, new_tokens: int, temperature: float, top_k: int, seed: int, stop: Stop
