@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from assay.systems.decoder.build import load
     from assay.systems.decoder.generator import Generator
+    from assay.systems.decoder.loading import save
     from assay.systems.decoder.model import Decoder
     from assay.systems.decoder.parts import Parts
     from assay.systems.decoder.shapes import SHAPES, DecoderConfig, RopeScaling
-    from assay.systems.decoder.state import named_state
 
-__all__ = ["SHAPES", "Decoder", "DecoderConfig", "Generator", "Parts", "RopeScaling", "load", "named_state"]
+__all__ = ["SHAPES", "Decoder", "DecoderConfig", "Generator", "Parts", "RopeScaling", "load", "save"]
 
 _HOME = {
     "SHAPES": "shapes",
@@ -31,7 +31,7 @@ _HOME = {
     "Parts": "parts",
     "RopeScaling": "shapes",
     "load": "build",
-    "named_state": "state",
+    "save": "loading",
 }
 
 
