@@ -426,6 +426,14 @@ def test_what_cannot_be_generated_is_refused_before_anything_runs(case: str) -> 
         assert str(refused.value) == message
 
 
+def test_autocast_around_a_generator_is_refused() -> None:
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UsageError, match=r"generation inside torch.autocast; .* dtype='bf16-autocast'"),
+    ):
+        Generator(_model("llama")).generate([[1]], 1)
+
+
 def test_a_generator_that_cannot_be_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"dtype 'bf16' does not go with the model; expected weights in .*bfloat16"

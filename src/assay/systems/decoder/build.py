@@ -44,10 +44,14 @@ def load(
     cuda = torch.cuda.is_available()
     if device == "auto":
         device = "cuda" if cuda else "cpu"
-    if not device.startswith(("cpu", "cuda")):
-        raise UsageError("unknown device", expected="auto, cpu or cuda", got=f"'{device}'")
-    if device.startswith("cuda") and not cuda:
-        raise Unavailable(f"no CUDA device for device='{device}'", "use device='cpu'")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(
+            f"unknown device '{device}'",
+            expected="auto, cpu or cuda",
+            remedy="choose among several GPUs with CUDA_VISIBLE_DEVICES",
+        )
+    if device == "cuda" and not cuda:
+        raise Unavailable("there is no CUDA device", "use device='cpu'")
     at = precision(dtype)
     parts = named_parts(parts, device) if isinstance(parts, str) else parts
     if parts.needs_liger:

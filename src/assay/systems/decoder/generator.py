@@ -192,7 +192,13 @@ class Generator:
         self, prompts: Prompts, new_tokens: int, temperature: float, top_k: int, seed: int, stop: Stop
     ) -> _Request:
         """What is asked for, checked. Raises UsageError."""
-        config = self._model.config
+        config, kind = self._model.config, self._model.lm_head.weight.device.type
+        if torch.is_autocast_enabled(kind):
+            raise UsageError(
+                "generation inside torch.autocast",
+                expected="to be called outside",
+                remedy="Generator(model, dtype='bf16-autocast') has its own",
+            )
         rows = _rows(prompts, config.vocab_size)
         if new_tokens < 1:
             raise UsageError("nothing to generate", expected="max_new_tokens of at least 1", got=new_tokens)
