@@ -2,20 +2,26 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of CUDA, CUDA under WSL, ROCm: told without torch
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the process up before anything imports torch; child processes inherit both settings.
+    """Set the process up before anything imports torch; child processes inherit the settings.
 
     ASSAY_CACHE is where ceilings and calibrations are kept. Two xdist workers get one thread each, since
-    torch's pools would otherwise spin against each other on a small machine.
+    torch's pools would otherwise spin against each other on a small machine. Triton's kernels are
+    interpreted where there is no driver to run them on, which must be known before Triton is imported.
     """
     cache = tempfile.TemporaryDirectory(prefix="assay-tests-")
     config.add_cleanup(cache.cleanup)
     os.environ["ASSAY_CACHE"] = cache.name
     os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+    if not any(Path(driver).exists() for driver in DRIVERS):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(tryfirst=True)

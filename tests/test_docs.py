@@ -75,8 +75,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # Programs
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
-def test_python_of_a_page_runs(page: str, workplace: Path) -> None:
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [("README.md", "by hand"), ("docs/python.md", "by hand"), ("docs/library.md", "after 20 steps")],
+)
+def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None:
     programs = blocks(PAGES[page], "python")
     assert programs
     done = subprocess.run(
@@ -84,7 +87,9 @@ def test_python_of_a_page_runs(page: str, workplace: Path) -> None:
         cwd=workplace, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert "by hand" in done.stdout
+    assert printed in done.stdout
+    shown = blocks(PAGES[page], "text") if page == "docs/library.md" else []
+    assert all(block in done.stdout for block in shown)
 
 
 def test_refusal_that_the_python_page_shows_is_the_one_printed(workplace: Path) -> None:

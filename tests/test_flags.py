@@ -7,6 +7,7 @@ import pytest
 import assay
 from assay import contracts
 from assay.cli import app
+from assay.systems import decoder
 
 WHAT = [
     "--workload",
@@ -129,7 +130,23 @@ def test_names_of_the_contracts_are_frozen() -> None:
     ]
 
 
-@pytest.mark.parametrize("module", [assay, contracts])
+def test_names_of_the_decoder_are_frozen() -> None:
+    assert decoder.__all__ == [
+        "SHAPES",
+        "Decoder",
+        "DecoderConfig",
+        "Generator",
+        "Parts",
+        "RopeScaling",
+        "load",
+        "save",
+    ]
+    assert set(decoder.__all__) <= set(dir(decoder))
+    with pytest.raises(AttributeError, match=r"'assay.systems.decoder' has no attribute 'lod'"):
+        _ = decoder.lod
+
+
+@pytest.mark.parametrize("module", [assay, contracts, decoder])
 def test_every_name_that_is_promised_exists(module: object) -> None:
     names: list[str] = module.__all__  # type: ignore[attr-defined]  # a module that has one
     assert [n for n in names if not hasattr(module, n)] == []

@@ -258,3 +258,17 @@ def test_everything_but_the_systems_loads_without_torch() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
+
+
+def test_the_decoders_names_load_torch_only_when_asked_for() -> None:
+    program = (
+        "import sys\n"
+        "from assay.systems.decoder import SHAPES, DecoderConfig, Parts, RopeScaling\n"
+        "import assay.systems.decoder.cost\n"
+        f"print([m for m in {TORCH!r} if m in sys.modules])\n"
+        "from assay.systems.decoder import load\n"
+        "print('torch' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["[]", "True"]

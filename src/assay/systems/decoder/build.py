@@ -2,32 +2,104 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from assay.errors import Unavailable
+from assay.errors import Unavailable, UsageError
 from assay.systems.decoder.adapter import ModuleLM
 from assay.systems.decoder.hf import hf_module
-from assay.systems.decoder.loading import load_weights
+from assay.systems.decoder.loading import load_weights, weight_files
 from assay.systems.decoder.model import Decoder, initialise
-from assay.systems.decoder.parts import Parts
+from assay.systems.decoder.parts import Parts, named_parts
+from assay.systems.decoder.precision import precision
 from assay.systems.decoder.reference import ReferenceLM
-from assay.systems.decoder.shapes import Shape, resolve
+from assay.systems.decoder.shapes import DecoderConfig, Shape, resolve
 from assay.systems.decoder.state import load_strict, named_state, tied_names
 
-__all__ = ["build_decoder", "build_hf", "build_reference", "new_decoder"]
+__all__ = ["build_decoder", "build_hf", "build_reference", "load", "new_decoder"]
 
 
-def new_decoder(shape: Shape, *, seed: int, device: str, parts: Parts | str = "sdpa") -> tuple[Decoder, str]:
-    """A float32 Decoder with the shape's real weights, else random ones; returns it and which they are."""
-    with torch.device(device):
+def load(
+    shape: str | Path | DecoderConfig,
+    parts: Parts | str = "fused",
+    *,
+    dtype: str = "bf16",
+    device: str = "auto",
+    seed: int = 0,
+) -> Decoder:
+    """A decoder, ready to call, to train, or to give to a Generator.
+
+    `shape` is a model folder or a hub id (`owner/name`), whose weights are loaded; or a name in SHAPES, a
+    config.json or a DecoderConfig, whose weights are drawn from `seed`. `parts` is a recipe, or the name of
+    one: `fused`, `sdpa`, `plain`. `dtype` is fp64, fp32, bf16, fp16, or bf16-autocast, which keeps float32
+    weights; `device` is `cpu`, `cuda`, or `auto`: CUDA where there is one.
+
+    Raises UsageError for a shape, recipe or dtype that cannot be, and for a folder without weights;
+    Unavailable where this machine lacks CUDA, Liger or safetensors, or cannot reach the hub.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise UsageError(
+            f"unknown device '{device}'",
+            expected="auto, cpu or cuda",
+            remedy="choose among several GPUs with CUDA_VISIBLE_DEVICES",
+        )
+    if device == "cuda" and not cuda:
+        raise Unavailable("there is no CUDA device", "use device='cpu'")
+    at = precision(dtype)
+    parts = named_parts(parts, device) if isinstance(parts, str) else parts
+    if parts.needs_liger:
+        require_liger(device)
+    resolved = _shape(shape)
+    if (resolved.folder or resolved.hub_id) and not weight_files(resolved):
+        raise UsageError(
+            f"no weights in '{shape}'",
+            expected="*.safetensors beside its config.json",
+            remedy="give the config.json itself for random weights",
+        )
+    return new_decoder(resolved, seed=seed, device=device, parts=parts, dtype=at.weights)[0]
+
+
+def _shape(given: str | Path | DecoderConfig) -> Shape:
+    return resolve(str(given)) if isinstance(given, str | Path) else Shape(name="config", config=given)
+
+
+def new_decoder(
+    shape: Shape,
+    *,
+    seed: int,
+    device: str,
+    parts: Parts | str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Decoder, str]:
+    """A Decoder with the shape's real weights, else random ones; returns it and which they are.
+
+    Random weights are drawn in float32, so that those of another dtype are the same, rounded.
+    """
+    with torch.device(device), _default_dtype(dtype):
         model = Decoder(shape.config, parts)
     if load_weights(model, shape) == "real":
         return model, "real"
     initialise(model, torch.Generator(device).manual_seed(seed))
     return model, "random"
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors have this dtype while inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build_decoder(

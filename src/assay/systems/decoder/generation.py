@@ -27,7 +27,7 @@ __all__ = [
     "PlainDecoding",
     "RecomputeDecoding",
     "StaticDecoding",
-    "generate",
+    "Step",
 ]
 
 _WARM_UP_STEPS = 3  # before a capture: lets libraries choose their kernels and compiled code be made
@@ -135,9 +135,9 @@ class StaticDecoding:
     """A preallocated cache whose position, next token and logits never leave the device.
 
     On CUDA the step is captured once, here, and replayed for each token, and a short prompt is captured at
-    its second call; elsewhere, and without `cuda_graph`, they are called. With `compile_mode` both are
-    compiled. Building one is slow: keep it, and let `prefill` start over. What it returns is overwritten by
-    the next call.
+    its second call; elsewhere, and without `cuda_graph`, they are called. With `compile_mode` the step is
+    compiled, and with `compile_prompts` each shape of prompt. Building one is slow: keep it, and let
+    `prefill` start over. What it returns is overwritten by the next call.
     """
 
     def __init__(
@@ -148,6 +148,7 @@ class StaticDecoding:
         *,
         at: Precision,
         compile_mode: str | None = None,
+        compile_prompts: bool = True,
         cuda_graph: bool = True,
     ) -> None:
         device = model.lm_head.weight.device
@@ -160,7 +161,8 @@ class StaticDecoding:
         self._prompt: Callable[[Tensor], Step] = self._run_prompt
         self._step: Callable[[Tensor], Step] = self._run_step
         if compile_mode is not None:  # the graph that is captured here takes the place of torch's own
-            self._prompt = compile_call(self._run_prompt, compile_mode, cuda_graphs=False)
+            if compile_prompts:
+                self._prompt = compile_call(self._run_prompt, compile_mode, cuda_graphs=False)
             self._step = compile_call(self._run_step, compile_mode, cuda_graphs=False)
         self._captures = cuda_graph and device.type == "cuda"
         self._graph: _Replay | None = None
@@ -256,28 +258,3 @@ class _Replay:
         self.ids.copy_(ids_BT)
         self.graph.replay()
         return self.answer
-
-
-def generate(model: Decoder, ids_BT: Tensor, max_new_tokens: int, *, static: bool = True) -> Tensor:
-    """Continue each row greedily by `max_new_tokens`. Returns (B, T + max_new_tokens).
-
-    `static` decodes over a preallocated cache (and a CUDA graph on CUDA), otherwise over a growing one.
-    Runs in the model's own dtype, or in that of an enclosing autocast.
-    """
-    device, dtype = str(ids_BT.device), model.lm_head.weight.dtype
-    if torch.is_autocast_enabled(ids_BT.device.type):
-        at = Precision(dtype, torch.get_autocast_dtype(ids_BT.device.type))
-    else:
-        at = Precision(dtype)
-    decoding: StaticDecoding | PlainDecoding
-    if static:
-        B, T = ids_BT.shape
-        decoding = StaticDecoding(model, B, T + max_new_tokens, at=at)
-    else:
-        decoding = PlainDecoding(Calls(model, "model"), at, device)
-    _, token_B1 = decoding.prefill(ids_BT)
-    tokens = [token_B1.clone()]
-    for _ in range(max_new_tokens - 1):
-        _, token_B1 = decoding.advance(token_B1)
-        tokens.append(token_B1.clone())
-    return torch.cat((ids_BT, *tokens), dim=1)

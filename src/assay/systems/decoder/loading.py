@@ -1,4 +1,4 @@
-"""Real weights from a local folder or the hub, in safetensors."""
+"""Real weights in safetensors: from a local folder or the hub, and into a folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from assay.errors import Unavailable, UsageError
-from assay.systems.decoder.shapes import Shape
+from assay.systems.decoder.model import Decoder
+from assay.systems.decoder.shapes import Shape, to_raw
 from assay.systems.decoder.state import load_strict, named_state, tied_names
 
-__all__ = ["load_weights", "read_weights", "weight_files"]
+__all__ = ["load_weights", "read_weights", "save", "weight_files"]
 
 
 def weight_files(shape: Shape) -> list[Path]:
@@ -55,6 +56,35 @@ def load_weights(module: nn.Module, shape: Shape) -> str:
         return "none"
     load_strict(named_state(module), read_weights(files), to=f"shape '{shape.name}'", tied=tied_names(module))
     return "real"
+
+
+def save(model: Decoder, folder: str | Path) -> None:
+    """Write config.json and model.safetensors, which `load` and transformers read.
+
+    Merged projections are written as what they were merged from. Raises UsageError for a folder that
+    cannot be written and a shape that no config.json states, Unavailable without safetensors.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as e:
+        raise Unavailable("saving weights needs safetensors", "pip install 'assay[models]'") from e
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    raw = {**to_raw(model.config), "dtype": dtype, "torch_dtype": dtype}
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_apart(named_state(model)), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    except OSError as e:
+        raise UsageError(f"cannot write '{folder}'", expected="a folder to write into", got=e) from e
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those that are slices of one memory copied: safetensors takes no views."""
+    return {
+        name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        for name, tensor in state.items()
+    }
 
 
 def _snapshot(hub_id: str) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from assay.errors import UsageError, nearest
 from assay.measure.record import Scalar
 
-__all__ = ["INGREDIENTS", "LIGER", "Parts"]
+__all__ = ["INGREDIENTS", "LIGER", "RECIPES", "Parts", "named_parts"]
 
 # Ingredient -> what it may be, the plain one first, and what it means. Read without torch.
 INGREDIENTS: Mapping[str, tuple[tuple[Scalar, ...], str]] = {
@@ -74,3 +74,28 @@ class Parts:
                     remedy=nearest(name, INGREDIENTS),
                 )
         return replace(self, **changes)  # type: ignore[arg-type]  # __post_init__ checks the values
+
+
+# Recipes by name, for programs. The ladder's arms have defaults of their own, which look at the case.
+RECIPES: Mapping[str, Parts] = {
+    "plain": Parts(),
+    "sdpa": Parts(attention="sdpa"),
+    "fused": Parts(
+        attention="sdpa", loss="chunked", merged=True, compile=True, cuda_graph=True, cache="static"
+    ),
+}
+
+
+def named_parts(name: str, device: str) -> Parts:
+    """The recipe of that name on a device; nothing is compiled or replayed where there is no CUDA.
+
+    Raises UsageError with the nearest name.
+    """
+    if name not in RECIPES:
+        raise UsageError(
+            f"unknown recipe '{name}'",
+            expected=f"one of {', '.join(RECIPES)}, or a Parts",
+            remedy=nearest(name, RECIPES),
+        )
+    found = RECIPES[name]
+    return found if device.startswith("cuda") else found.but(compile=False, cuda_graph=False)

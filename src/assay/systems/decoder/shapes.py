@@ -25,6 +25,7 @@ __all__ = [
     "check_params",
     "parse_config",
     "resolve",
+    "to_raw",
 ]
 
 Bias = Literal["none", "qkv", "qkvo"]
@@ -304,6 +305,37 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
         attention_bias="qkvo" if raw.get("attention_bias") else bias,
         architecture=architecture,
     )
+
+
+def to_raw(config: DecoderConfig) -> dict[str, Any]:
+    """What `parse_config` reads: a config.json of transformers 5 that transformers 4 understands too.
+
+    Raises UsageError for a shape that its architecture cannot state.
+    """
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **vars(config.rope_scaling)}
+    raw = {
+        "architectures": [config.architecture],
+        "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
+        **{name: getattr(config, name) for name in _COUNTS},
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else rope,
+        "attention_bias": config.attention_bias == "qkvo",
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    if config.architecture == "MistralForCausalLM":
+        raw["sliding_window"] = None
+    if parse_config(raw) != config:
+        raise UsageError(
+            f"no config.json of {config.architecture} can state this shape",
+            expected="Qwen3's qk_norm, and biases as the architecture has them",
+            got=f"qk_norm={config.qk_norm}, attention_bias={config.attention_bias}",
+        )
+    return raw
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], architecture: str) -> None:
