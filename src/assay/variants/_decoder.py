@@ -31,7 +31,7 @@ _LIGER = {
     "rope": "ops.LigerRopeFunction",
 }
 # Ingredients that matter to one workload only.
-_ONLY = {"loss": "train", "cache": "generate"}
+_ONLY = {"loss": "train", "recompute": "train", "cache": "generate"}
 _MODE = Option(
     default="default", help="torch.compile's mode", choices=("default", "reduce-overhead", "max-autotune")
 )
