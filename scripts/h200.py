@@ -24,6 +24,35 @@ MUTANT = "tests/mutants/decoder.py:{}"
 RUNS: dict[str, tuple[str, int]] = {
     "doctor": ("doctor --device cuda", 0),
     "seed": ("compare eager fused --device cuda --time-budget 10", 0),
+    "llama-1b-train": (
+        "compare fused hf-liger eager --device cuda --workload train --shape llama-1b --batch-size 4 "
+        "--seq-length 2048 --dtype bf16 --time-budget 10",
+        0,
+    ),
+    "llama-1b-infer": (
+        "compare eager fused --device cuda --workload infer --shape llama-1b --batch-size 4 "
+        "--seq-length 2048 --dtype bf16 --time-budget 10",
+        0,
+    ),
+    "qwen3-0.6b": (
+        "compare fused[cuda_graph=false] fused --device cuda --workload generate --shape qwen3-0.6b "
+        "--dtype bf16 --gen-batch-size 1,16 --time-budget 10",
+        0,
+    ),
+    "llama-8b": (
+        "compare fused[cuda_graph=false] fused --device cuda --workload generate --shape llama-8b "
+        "--dtype bf16 --time-budget 10",
+        0,
+    ),
+    "attribution": (
+        "compare eager fused --attribute --device cuda --workload infer --launches 2 --time-budget 2",
+        0,
+    ),
+    "two-gpus": (
+        "compare fused fused[nproc=2] --device cuda --workload train --shape llama-1b --batch-size 8 "
+        "--seq-length 2048 --launches 3 --time-budget 10",
+        0,
+    ),
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
     "ladder": (
         "compare eager sdpa compile hf --device cuda --workload infer --launches 2 --time-budget 4",

@@ -10,10 +10,10 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import assay.measure  # noqa: F401  (first: imported later it would take the place of the function `measure`)
-from assay.errors import UsageError
+from assay.errors import Unavailable, UsageError
 
 if TYPE_CHECKING:  # imported where they are used: `import assay` and `assay --help` take no numpy
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -177,13 +177,21 @@ def measure(
     samples: int = 100,
     warmup_steps: int = 10,
     seed: int = 0,
+    cache: Literal["warm", "cold"] | None = None,
 ) -> Measurement:
     """Time one function: warm-up until steady, then `samples` samples or `time_budget_s` seconds.
 
     A sample is the mean of as many calls as make it long against the clock's resolution. Nothing is gated,
     since there is nothing to compare with.
+
+    By default calls are timed as a program makes them, the host's launches between them included. `cache` is
+    for kernels on CUDA: calls are queued ahead and run back to back, `warm`, or each after the last cache
+    level was overwritten, `cold`.
     """
     from assay.alone import measure_alone
+
+    if cache is not None:
+        _check_cache(cache)
 
     if samples < 1 or not time_budget_s > 0:
         got = f"samples={samples}, time_budget_s={time_budget_s}"
@@ -191,7 +199,7 @@ def measure(
     make = inputs or (lambda _seed: ())
     name = getattr(function, "__name__", "function")
     plan = _plan([name], make, seed, time_budget_s, 0.005, 0.01, warmup_steps)
-    runner = _inline(_opening(plan), function, make)
+    runner = _inline(_opening(plan), function, make, cache)
     return Measurement(record=measure_alone(plan, runner, samples))
 
 
@@ -248,9 +256,24 @@ def _opening(plan: Plan) -> Open:
     return Open(case=plan.cases[0], arm=plan.arms[0], scratch="", weights="own")
 
 
-def _inline(opening: Open, function: Callable[..., Any], inputs: MakeInputs) -> Channel:
+def _check_cache(cache: str) -> None:
+    import torch
+
+    if cache not in ("warm", "cold"):
+        raise UsageError("unknown cache", expected="warm, cold or None", got=repr(cache))
+    if not torch.cuda.is_available():
+        raise Unavailable(f"cache='{cache}' needs a CUDA device", "leave it out to time calls as they come")
+
+
+def _inline(
+    opening: Open,
+    function: Callable[..., Any],
+    inputs: MakeInputs,
+    cache: Literal["warm", "cold"] | None = None,
+) -> Channel:
     from assay.channel import InlineChannel
     from assay.contracts import Variant
+    from assay.measure import clock
     from assay.plugins import find
     from assay.worker import Runner
 
@@ -258,7 +281,11 @@ def _inline(opening: Open, function: Callable[..., Any], inputs: MakeInputs) -> 
         return _FunctionSystem(function, inputs)
 
     variant = Variant(summary="a Python function", build=build, weights="none", opaque=True)
-    return InlineChannel(Runner(opening, variant, find("workloads", "call")))
+
+    def make_clock(device: str) -> clock.Clock:
+        return clock.QueuedCudaClock(cache) if cache else clock.for_device(device)
+
+    return InlineChannel(Runner(opening, variant, find("workloads", "call"), make_clock=make_clock))
 
 
 def _rendered(

@@ -224,7 +224,7 @@ class Journal:
             clock=ready.clock,
             isolation=self.config.isolation,
             pairing=launch.pairing,
-            cache="warm",
+            cache=ready.cache,
             inner=ready.inner,
             warmup_steps=ready.warm_up.steps,
             warmup_steady=ready.warm_up.steady,

@@ -111,7 +111,8 @@ class TogetherClock:
 
     def __init__(self, own: Clock, ranks: Ranks) -> None:
         self._own, self._ranks = own, ranks
-        self.name, self.resolution_ns, self.target_ns = own.name, own.resolution_ns, own.target_ns
+        self.name, self.cache = own.name, own.cache
+        self.resolution_ns, self.target_ns = own.resolution_ns, own.target_ns
 
     def time(self, step: Step, inner: int = 1) -> Timing:
         self._ranks.barrier()

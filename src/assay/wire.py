@@ -124,6 +124,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     inner: int
     clock: str
     resolution_ns: float
+    cache: str = "warm"
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, tag=True):

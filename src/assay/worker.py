@@ -360,6 +360,7 @@ class Runner:
             warm_up=warm_up,
             inner=sampler.inner,
             clock=sampler.clock.name,
+            cache=sampler.clock.cache,
             resolution_ns=sampler.clock.resolution_ns,
         )
 
