@@ -43,7 +43,8 @@ def config(*arms: str, workload: str, dtype: str = "bf16-autocast", **options: o
     [
         *((other, dtype) for other in ("sdpa", "hf") for dtype in ("bf16-autocast", "bf16", "fp32")),
         ("compile", "bf16-autocast"),
-        ("fused", "bf16-autocast"),
+        *((other, "bf16") for other in ("cudnn", "flash", "liger", "hf-liger")),
+        *(("fused", dtype) for dtype in ("bf16-autocast", "bf16", "fp32")),
     ],
 )
 def test_every_variant_passes_gate_and_proof_on_cuda(other: str, dtype: str, workload: str) -> None:
