@@ -185,8 +185,8 @@ def measure(
     since there is nothing to compare with.
 
     By default calls are timed as a program makes them, the host's launches between them included. `cache` is
-    for kernels on CUDA: calls are queued ahead and run back to back, `warm`, or each after the last cache
-    level was overwritten, `cold`.
+    for kernels on CUDA, without those launches: `warm` calls run back to back, `cold` ones each after the last
+    cache level was overwritten.
     """
     from assay.alone import measure_alone
 
@@ -283,7 +283,7 @@ def _inline(
     variant = Variant(summary="a Python function", build=build, weights="none", opaque=True)
 
     def make_clock(device: str) -> clock.Clock:
-        return clock.QueuedCudaClock(cache) if cache else clock.for_device(device)
+        return clock.KernelClock(cache) if cache else clock.for_device(device)
 
     return InlineChannel(Runner(opening, variant, find("workloads", "call"), make_clock=make_clock))
 
