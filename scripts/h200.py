@@ -23,10 +23,10 @@ MUTANT = "tests/mutants/decoder.py:{}"
 # name -> (arguments of `assay`, expected exit code)
 RUNS: dict[str, tuple[str, int]] = {
     "doctor": ("doctor --device cuda", 0),
-    "seed": ("compare eager fused --device cuda --time-budget 10", 0),
+    "seed": ("compare eager fused --device cuda --time-budget 5", 0),
     "llama-1b-train": (
         "compare fused hf-liger eager --device cuda --workload train --shape llama-1b --batch-size 4 "
-        "--seq-length 2048 --dtype bf16 --time-budget 10",
+        "--seq-length 2048 --dtype bf16 --warmup-steps 4 --time-budget 4",
         0,
     ),
     "llama-1b-infer": (
@@ -36,12 +36,17 @@ RUNS: dict[str, tuple[str, int]] = {
     ),
     "qwen3-0.6b": (
         "compare fused[cuda_graph=false] fused --device cuda --workload generate --shape qwen3-0.6b "
-        "--dtype bf16 --gen-batch-size 1,16 --time-budget 10",
+        "--dtype bf16 --warmup-steps 3 --time-budget 5",
+        0,
+    ),
+    "qwen3-0.6b-batch": (
+        "compare fused[cuda_graph=false] fused --device cuda --workload generate --shape qwen3-0.6b "
+        "--dtype bf16 --gen-batch-size 16 --warmup-steps 3 --launches 2 --time-budget 4",
         0,
     ),
     "llama-8b": (
         "compare fused[cuda_graph=false] fused --device cuda --workload generate --shape llama-8b "
-        "--dtype bf16 --time-budget 10",
+        "--dtype bf16 --warmup-steps 3 --launches 2 --time-budget 4",
         0,
     ),
     "attribution": (
@@ -50,19 +55,10 @@ RUNS: dict[str, tuple[str, int]] = {
     ),
     "two-gpus": (
         "compare fused fused[nproc=2] --device cuda --workload train --shape llama-1b --batch-size 8 "
-        "--seq-length 2048 --launches 3 --time-budget 10",
+        "--seq-length 2048 --warmup-steps 3 --launches 2 --time-budget 4",
         0,
     ),
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
-    "ladder": (
-        "compare eager sdpa compile hf --device cuda --workload infer --launches 2 --time-budget 4",
-        0,
-    ),
-    "modes": (
-        "compare compile compile[compile_mode=reduce-overhead] compile[compile_mode=max-autotune] "
-        "--device cuda --workload infer --launches 1 --time-budget 3",
-        0,
-    ),
     "no-causal-mask": (f"compare eager {MUTANT.format('no_causal_mask')} --device cuda --workload infer", 2),
     "rope-discarded": (f"compare eager {MUTANT.format('rope_discarded')} --device cuda --workload train", 2),
 }

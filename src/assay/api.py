@@ -185,8 +185,8 @@ def measure(
     since there is nothing to compare with.
 
     By default calls are timed as a program makes them, the host's launches between them included. `cache` is
-    for kernels on CUDA, without those launches: `warm` calls run back to back, `cold` ones each after the last
-    cache level was overwritten.
+    for kernels on CUDA, without those launches: `warm` calls run back to back, `cold` ones each after the
+    last cache level was overwritten.
     """
     from assay.alone import measure_alone
 

@@ -141,7 +141,9 @@ class KernelClock(CudaClock):
         self._spoiler = torch.empty(max(_SPOILED_BYTES, 2 * level), dtype=torch.int8, device="cuda")
         self._hold_ns = 1e6
         self._cycles_per_ns = self._speed()
-        self._graphs: dict[tuple[int, int], Any] = {}  # of a step and a number of calls; None: not capturable
+        self._graphs: dict[
+            tuple[Step, int], Any
+        ] = {}  # of a step and a number of calls; None: not capturable
 
     def time(self, step: Step, inner: int = 1) -> Timing:
         """One sample; taken again with a longer hold where the host was not done queueing in time."""
@@ -166,7 +168,7 @@ class KernelClock(CudaClock):
         return float(cycles / (first.elapsed_time(last) * 1e6))
 
     def _captured(self, step: Step, inner: int) -> Any:
-        key = (id(step), inner)
+        key = (step, inner)
         if key not in self._graphs:
             import torch
 
