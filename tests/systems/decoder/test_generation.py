@@ -86,8 +86,9 @@ def test_counters_add_up() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 4, 7, 16])
-@pytest.mark.parametrize("vocabulary", [17, 64, 100, 101, 127])  # 16 pieces of 17 logits: seven hold padding alone
+@pytest.mark.parametrize("vocabulary", [17, 64, 100, 101, 127])
 def test_argmax_in_pieces_finds_the_maximum_wherever_it_is(vocabulary: int, pieces: int) -> None:
+    """Of 16 pieces of 17 logits, seven are padding alone."""
     logits_BV = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(0))
     logits_BV.fill_diagonal_(9.0)  # row b has its maximum at b: in every piece, the last, padded one too
     token_B1 = argmax_in_pieces(logits_BV, pieces)
