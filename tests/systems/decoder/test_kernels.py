@@ -209,7 +209,8 @@ def _expected(step: _Step, position: int, starts_B: Tensor) -> tuple[Tensor, Ten
     """By torch: the newest key and value as cached, (B, K, D), and attention in float64, (B, N * D)."""
     keys_BKSD, values_BKSD = step.keys.clone(), step.values.clone()
     B, K, S, D = keys_BKSD.shape
-    q_BND, k_BKD, v_BKD = step.qkv.view(B, -1, D).split([step.qkv.shape[1] // D - 2 * K, K, K], dim=1)
+    heads_BAD = step.qkv.view(B, -1, D)  # queries, keys and values of all heads
+    q_BND, k_BKD, v_BKD = torch.split(heads_BAD, [heads_BAD.shape[1] - 2 * K, K, K], dim=1)
     if step.norms:
         q_BND, k_BKD = (_normed(x, w) for x, w in zip((q_BND, k_BKD), step.norms, strict=True))
     q_BND, k_BKD = (_turned(x, step.cos[position], step.sin[position]) for x in (q_BND, k_BKD))
@@ -483,7 +484,7 @@ def _decode(model: Decoder, ids_BT: Tensor, starts: list[int] | None) -> Tensor:
     with torch.no_grad():
         out = [
             model(part_BT, past_key_values=cache, logits_to_keep=1).logits
-            for part_BT in ids_BT.split([PROMPT] + [1] * TOKENS, dim=1)
+            for part_BT in torch.split(ids_BT, [PROMPT] + [1] * TOKENS, dim=1)
         ]
     return torch.cat(out, dim=1)
 
