@@ -68,6 +68,10 @@ SWAPPED = [
         ("leave", name, "fused", f"fused[{name}=liger]"),
     )
 ]
+RECOMPUTE = [
+    ("add", "recompute", "eager", "eager[recompute=true]"),
+    ("leave", "recompute", "fused[recompute=false]", "fused"),
+]
 COMPILE = ("add", "compile", "eager", "eager[compile=true]")
 GRAPH_LEFT = ("leave", "cuda_graph", "fused[cuda_graph=false]", "fused")
 CUDA_STEP = [
@@ -82,6 +86,7 @@ WANTED: dict[tuple[str, str], list[Said]] = {
         ("leave", "attention", "fused[attention=eager]", "fused"),
         ("add", "loss", "eager", "eager[loss=chunked]"),
         ("leave", "loss", "fused[loss=torch]", "fused"),
+        *RECOMPUTE,
         COMPILE,
         ("leave", "compile", "fused[compile=false]", "fused"),
     ],
@@ -107,6 +112,7 @@ WANTED: dict[tuple[str, str], list[Said]] = {
         *SWAPPED,
         ("add", "loss", "eager", "eager[loss=chunked]"),
         ("leave", "loss", "fused[loss=torch]", "fused"),
+        *RECOMPUTE,
         *CUDA_STEP,
     ],
     ("infer", "cuda"): [
@@ -225,7 +231,7 @@ def test_plan_has_the_pairs_of_every_case_and_checks_their_arms() -> None:
     made = make_plan(config)
     assert [arm.name for arm in made.arms] == ["eager", "fused"]
     assert [p.case for p in made.pairs if about(p).kind == "total"] == list(made.cases)
-    assert made.launches() == (2 * 7 + 2 * 5) * 5
+    assert made.launches() == (2 * 9 + 2 * 5) * 5
     for pair in made.pairs:
         for arm in pair.arms:
             assert arm.options == resolve_options(find("variants", arm.target), arm), "nothing unknown"
@@ -263,9 +269,9 @@ def test_attribution_runs_and_its_table_comes_from_the_records_alone(tmp_path: P
     (total,) = view.headlines
     assert (total.baseline, total.other) == ("eager", "fused[compile=false]")
     found = contributions(view)
-    assert {c.ingredient for c in found} == {"attention", "loss"}
+    assert {c.ingredient for c in found} == {"attention", "loss", "recompute"}
     assert all(c.added and c.added.interval and c.left_out and c.left_out.interval for c in found)
-    assert [row[1] for row in sorted(cells(view))] == ["eager → sdpa", "torch → chunked"]
+    assert [row[1] for row in sorted(cells(view))] == ["eager → sdpa", "torch → chunked", "false → true"]
 
 
 def test_resumed_attribution_repeats_no_pair(tmp_path: Path) -> None:

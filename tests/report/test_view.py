@@ -35,7 +35,7 @@ def test_achieved_share_is_work_over_time_over_the_measured_ceiling() -> None:
 
 def test_ceilings_of_several_gpus_add_up_and_those_of_one_cpu_do_not() -> None:
     arm = VIEWS[0].arms[0]
-    alone = arm.share().mfu
+    alone = arm.point().mfu
     assert alone is not None
     for where, expected in (("cuda", alone / 4), ("cpu", alone)):
         records = [
@@ -46,7 +46,7 @@ def test_ceilings_of_several_gpus_add_up_and_those_of_one_cpu_do_not() -> None:
             )
             for r in arm.measured
         ]
-        assert ArmView(name=BASELINE, records=tuple(records)).share().mfu == pytest.approx(expected)
+        assert ArmView(name=BASELINE, records=tuple(records)).point().mfu == pytest.approx(expected)
 
 
 def test_share_is_unknown_where_the_ceiling_was_not_measured() -> None:

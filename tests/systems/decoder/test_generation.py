@@ -7,7 +7,7 @@ from assay.contracts import LanguageModel
 from assay.errors import UsageError
 from assay.systems.decoder.build import build_decoder, build_hf, build_reference
 from assay.systems.decoder.calls import cache_tensors
-from assay.systems.decoder.generation import Counters, StaticDecoding
+from assay.systems.decoder.generation import Counters, StaticDecoding, argmax_in_pieces
 from assay.systems.decoder.parts import Parts
 from assay.systems.decoder.precision import precision
 from tests.systems.decoder.helpers import TINY, error, new, token_ids
@@ -83,3 +83,23 @@ def test_counters_add_up() -> None:
     assert before + after == Counters(
         kv_tokens_cached=5, static_cache_steps=5, kv_promoted_tensors=1, full_recompute=True
     )
+
+
+@pytest.mark.parametrize("pieces", [1, 4, 7, 16])
+@pytest.mark.parametrize("vocabulary", [17, 64, 100, 101, 127])
+def test_argmax_in_pieces_finds_the_maximum_wherever_it_is(vocabulary: int, pieces: int) -> None:
+    """Of 16 pieces of 17 logits, seven are padding alone."""
+    logits_BV = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits_BV.fill_diagonal_(9.0)  # row b has its maximum at b: in every piece, the last, padded one too
+    token_B1 = argmax_in_pieces(logits_BV, pieces)
+    assert token_B1.shape == (vocabulary, 1)
+    assert token_B1[:, 0].tolist() == list(range(vocabulary))
+
+
+@pytest.mark.parametrize("vocabulary", [17, 64, 101])
+def test_argmax_in_pieces_takes_the_first_of_equals(vocabulary: int) -> None:
+    """As argmax does: within a piece, across pieces, and where the padding repeats the maximum."""
+    logits_BV = torch.randint(0, 3, (64, vocabulary), generator=torch.Generator().manual_seed(0)).float()
+    logits_BV = torch.cat((logits_BV, torch.full((1, vocabulary), -torch.inf), logits_BV[:1] * 0))
+    logits_BV[0, -1] = 5.0
+    assert argmax_in_pieces(logits_BV, 16).equal(logits_BV.argmax(-1, keepdim=True))

@@ -28,6 +28,7 @@ __all__ = [
     "RecomputeDecoding",
     "StaticDecoding",
     "Step",
+    "argmax_in_pieces",
 ]
 
 _WARM_UP_STEPS = 3  # before a capture: lets libraries choose their kernels and compiled code be made
@@ -70,18 +71,23 @@ def _cache_counters(tensors: list[Tensor], slots: int, compute: torch.dtype) -> 
 
 
 def greedy(logits_BV: Tensor) -> Step:
-    """The logits and their most probable token, on the device.
+    """The logits and their most probable token, on the device; the first of equals.
 
     Large vocabularies in two stages: compiled in one, a row's argmax is a single program's work.
     """
+    if logits_BV.is_cuda and logits_BV.shape[-1] >= _WIDE_VOCABULARY:
+        return logits_BV, argmax_in_pieces(logits_BV, _PIECES)
+    return logits_BV, logits_BV.argmax(dim=-1, keepdim=True)
+
+
+def argmax_in_pieces(logits_BV: Tensor, pieces: int) -> Tensor:
+    """Argmax of each row, (B, 1): of `pieces` equal pieces, then among them. The last logit pads the rest."""
     V = logits_BV.shape[-1]
-    if V < _WIDE_VOCABULARY or not logits_BV.is_cuda:
-        return logits_BV, logits_BV.argmax(dim=-1, keepdim=True)
-    wide = -(-V // _PIECES)
-    places_PW = torch.arange(_PIECES * wide, device=logits_BV.device).clamp_max(V - 1).view(_PIECES, wide)
+    wide = -(-V // pieces)
+    places_PW = torch.arange(pieces * wide, device=logits_BV.device).clamp_max(V - 1).view(pieces, wide)
     best_BP, at_BP = logits_BV[:, places_PW].max(dim=-1)
     piece_B1 = best_BP.argmax(dim=-1, keepdim=True)
-    return logits_BV, (piece_B1 * wide + at_BP.gather(1, piece_B1)).clamp_max(V - 1)
+    return (piece_B1 * wide + at_BP.gather(1, piece_B1)).clamp_max(V - 1)
 
 
 class PlainDecoding:
