@@ -127,9 +127,10 @@ class CudaClock:
 class KernelClock(CudaClock):
     """Device time of a short call without the host's launches, with its caches warm or cold.
 
-    `warm`: a sample's calls are captured as one CUDA graph and replayed, so they run back to back. `cold`: the
-    last cache level is overwritten before each call, and calls are queued while a spinning kernel holds the
-    device. Calls that cannot be captured are queued too; one that waits for the device is timed gaps and all.
+    `warm`: a sample's calls are captured as one CUDA graph and replayed, so they run back to back. `cold`:
+    the last cache level is overwritten before each call, and calls are queued while a spinning kernel holds
+    the device. Calls that cannot be captured are queued too; one that waits for the device is timed gaps
+    and all.
     """
 
     def __init__(self, cache: Literal["warm", "cold"]) -> None:

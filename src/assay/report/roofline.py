@@ -21,6 +21,7 @@ __all__ = ["HOST_BOUND", "MEMORY_CEILING", "Point", "matrix_ceiling", "median", 
 
 HOST_BOUND = "host-bound"  # the label of a phase that launching bounds
 MEMORY_CEILING = "copy_bytes_per_s"
+_LABELLED_NS = 10_000.0  # a shorter phase, such as dropping gradients, is nobody's to speed up
 _SORTED = 1000  # values that Python sorts faster than NumPy starts
 
 
@@ -109,7 +110,9 @@ class Point:
     @property
     def label(self) -> str:
         """`host-bound` where launching bounds it, `below floor` where it beat its roofs, else empty."""
-        if self.time_ns and host_bound(self.time_ns, self.wall_ns, self.kernel_ns):
+        if not self.time_ns or self.time_ns < _LABELLED_NS:
+            return ""
+        if host_bound(self.time_ns, self.wall_ns, self.kernel_ns):
             return HOST_BOUND
         return "below floor" if self.distance is not None and self.distance < 1 else ""
 
