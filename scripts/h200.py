@@ -2,8 +2,9 @@
 
     python3 scripts/h200.py [--only NAME,...] [--out FOLDER]
 
-Each run goes through the public command line; its records end up in FOLDER/NAME.jsonl. A run that fails is
-reported and the rest go on; the exit status is the number of runs whose exit code was not the expected one.
+Each run goes through the public command line; its records end up in FOLDER/NAME.jsonl. The doctor goes first
+where this machine's ceilings are not known yet, and `two-gpus` is left out where there is one. A run that
+fails is reported and the rest go on; the exit status is the number of runs whose exit code was not expected.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from assay.measure import device
+
 MUTANT = "tests/mutants/decoder.py:{}"
 # name -> (arguments of `assay`, expected exit code)
 RUNS: dict[str, tuple[str, int]] = {
     "doctor": ("doctor --device cuda", 0),
-    "seed": ("compare eager fused --device cuda --time-budget 5", 0),
+    "seed": ("compare eager fused --device cuda --time-budget 10", 0),
     "llama-1b-train": (
         "compare fused hf-liger eager --device cuda --workload train --shape llama-1b --batch-size 4 "
         "--seq-length 2048 --dtype bf16 --warmup-steps 4 --time-budget 4",
@@ -49,6 +54,12 @@ RUNS: dict[str, tuple[str, int]] = {
         "--dtype bf16 --warmup-steps 3 --launches 2 --time-budget 4",
         0,
     ),
+    "prefill": (
+        "compare compile fused --device cuda --workload generate --shape qwen3-0.6b --dtype bf16 "
+        "--gen-input-length 128,1024,4096,16384 --gen-output-length 8 --warmup-steps 3 --launches 2 "
+        "--time-budget 3",
+        0,
+    ),
     "attribution": (
         "compare eager fused --attribute --device cuda --workload infer --launches 2 --time-budget 2",
         0,
@@ -71,8 +82,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/h200")))
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    names = arguments.only.split(",")
+    if "doctor" not in names and not device.load_ceilings("cuda"):
+        names.insert(0, "doctor")
+    if "two-gpus" in names and torch.cuda.device_count() < 2:
+        print("== two-gpus: left out, one device here", flush=True)
+        names.remove("two-gpus")
     wrong = 0
-    for name in arguments.only.split(","):
+    for name in names:
         command, expected = RUNS[name]
         wrong += run(name, command, expected, arguments.out)
     return wrong
