@@ -1,5 +1,6 @@
 """Whose fault is whose: a failed arm, gate or claim costs its pair alone. Arms are scripted: no torch."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from assay import session
 from assay.channel import Channel
 from assay.errors import UsageError
 from assay.measure import device
-from assay.measure.record import Case, Status
+from assay.measure.record import Case, Record, Status
 from assay.measure.store import read_samples
 from assay.measure.verdict import compare_records, exit_code
 from assay.wire import (
@@ -198,6 +199,31 @@ def test_sample_that_beats_its_physical_floor_is_no_speedup(monkeypatch: pytest.
     monkeypatch.setattr(device, "floors_ns", lambda *_: {"step": 1e5})
     records = play(Stage(step_ns={"b": 1e3})).records
     assert statuses(records) == [(0, "a", "partner_failed"), (0, "b", "implausible")]
+
+
+# Workers of the next launch, which start early
+
+
+def test_workers_that_wait_for_a_launch_are_closed_when_this_one_fails() -> None:
+    stage = Stage(faults={"b": at_request(Finish, Failure(status="crashed", reason="boom"))})
+    records = play(stage).records
+    assert statuses(records) == [(0, "a", "partner_failed"), (0, "b", "crashed")]
+    assert [c.opening.arm.name for c in stage.opened[-2:]] == ["a", "b"]
+    assert not any(c.asked for c in stage.opened[-2:])  # the second launch's, which never came
+    assert all(channel.closed for channel in stage.opened)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_workers_that_wait_are_closed_whatever_ends_the_run(kind: type[BaseException]) -> None:
+    class Broken(Listener):
+        def record(self, record: Record) -> None:
+            raise kind
+
+    stage = Stage()
+    with contextlib.suppress(kind):
+        play(stage, listener=Broken())
+    assert len([c for c in stage.opened if not c.asked]) == 2
+    assert all(channel.closed for channel in stage.opened)
 
 
 # Arms that do not fit together

@@ -156,18 +156,23 @@ class _Session:
     def _pair(self, pair: Pair, made: OracleMade, checked: dict[str, list[Figure]]) -> None:
         """Launches until the number asked for, or until a verdict where that was asked for."""
         number = 0
-        while not self.interrupted and self._wants(pair, number):
-            if pair.place(number) not in self.journal.done:
-                launch = Launch(number=number, started=now())
-                launch.figures = {arm.name: list(checked[arm.name]) for arm in pair.arms}
-                self._launch(pair, made, launch)
-                self.journal.launch(pair, made, launch)
-                if launch.failed:
-                    break
-            number += 1
-        for channel in self._waiting.values():
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close_waiting)
+            while not self.interrupted and self._wants(pair, number):
+                if pair.place(number) not in self.journal.done:
+                    launch = Launch(number=number, started=now())
+                    launch.figures = {arm.name: list(checked[arm.name]) for arm in pair.arms}
+                    self._launch(pair, made, launch)
+                    self.journal.launch(pair, made, launch)
+                    if launch.failed:
+                        break
+                number += 1
+
+    def _close_waiting(self) -> None:
+        """Workers that no launch came for: after a failure, a verdict, a Ctrl-C or an exception."""
+        waiting, self._waiting = self._waiting, {}
+        for channel in waiting.values():
             channel.close()
-        self._waiting = {}
 
     def _launch(self, pair: Pair, made: OracleMade, launch: Launch) -> None:
         """One fresh pair of workers, from build to the last check. Trouble ends up in `launch.status`."""
@@ -284,9 +289,7 @@ class _Session:
         due = number < self.config.launches and pair.place(number) not in self.journal.done
         if due and not self.interrupted and self.config.isolation == "process":
             for arm in pair.arms:
-                with contextlib.suppress(
-                    AssayError
-                ):  # whoever needs it meets the same trouble in its own name
+                with contextlib.suppress(AssayError):  # the next launch meets it again, and blames its arm
                     self._waiting[arm.name] = self._open(pair.case, arm)
 
     def _close_arm(self, case: Case, arm: Arm, made: OracleMade, launch: Launch) -> None:

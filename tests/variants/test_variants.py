@@ -26,6 +26,7 @@ LENGTHS: dict[str, Scalar] = {
 SDPA = "ops.aten::scaled_dot_product_attention"
 UNCOMPILED: list[tuple[str, Options]] = [
     ("eager", {}),
+    ("eager", {"recompute": True}),
     ("sdpa", {}),
     ("fused", {"compile": False}),
     ("hf", {}),
@@ -84,6 +85,19 @@ def test_claims_fail_for_what_another_variant_does() -> None:
     for name, counter in (("sdpa", SDPA), ("fused", "static_cache_steps"), ("compile", "compiled_graphs")):
         broken = [c.counter for c in find("variants", name).claims(case, {}) if not _holds(c, proof)]
         assert counter in broken, name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_claim_of_recomputing_fails_for_a_step_that_does_not(recompute: bool) -> None:
+    eager, case = find("variants", "eager"), _case("train")
+    system = cast("LanguageModel", eager.build(case, {"recompute": recompute}))
+    with profile(
+        activities=[ProfilerActivity.CPU]
+    ) as profiled:  # of this arm alone: the oracle has a silu too
+        system.loss(token_ids(2, 12)).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    proof = {SDPA: 0, **{f"ops.{event.key}": event.count for event in profiled.key_averages()}}
+    broken = [c.counter for c in eager.claims(case, {"recompute": True}) if not _holds(c, proof)]
+    assert broken == ([] if recompute else ["ops.aten::silu"])
 
 
 def test_on_cuda_the_fused_decode_claims_replayed_graphs() -> None:

@@ -217,6 +217,11 @@ def claims(case: Case, made: Parts) -> Sequence[Claim]:
             for name in _LIGER
             if getattr(made, name) == "liger"
         ]
+        if made.recompute and case.workload == "train":
+            layers = resolve(str(case.params["shape"])).config.num_hidden_layers
+            counter = _LIGER["swiglu"] if made.swiglu == "liger" else "ops.aten::silu"
+            why = "each layer's silu(gate) * up is computed again in backward"
+            found += [Claim(counter=counter, comparison=">=", value=2 * layers, why=why)]
     if made.attention in _KERNELS and not (made.compile and hidden) and case.dtype not in ("fp32", "fp64"):
         why = f"attention runs in {made.attention}'s kernel"
         found += [Claim(counter=_KERNELS[made.attention], comparison=">", value=0, why=why)]

@@ -421,6 +421,16 @@ def test_a_token_may_be_a_view() -> None:
     )
 
 
+def test_a_weight_may_be_a_view() -> None:
+    x_1H, weight_OH, norm_H, residual_1O = _linear(
+        5, 100, torch.float32, normed=True, gated=False, residual=True
+    )
+    given = (x_1H, weight_OH.T.contiguous().T, norm_H, residual_1O)
+    assert not given[1].is_contiguous()
+    made_1O = _kernels().stream_linear(*given, EPS, False, torch.float32)
+    assert error(made_1O, _plain_linear(*given, False)) < 4e-6
+
+
 @pytest.mark.filterwarnings(
     "ignore:overflow encountered in exp:RuntimeWarning"
 )  # numpy's: 1 / (1 + inf) is 0

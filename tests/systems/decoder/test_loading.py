@@ -81,7 +81,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     _write_config(tmp_path)
     state = named_state(new(CONFIGS["llama"]))
     save_file({n: t for n, t in state.items() if "norm" not in n}, tmp_path / "model.safetensors")
-    with pytest.raises(UsageError, match=r"do not fit shape .* 5 missing"):
+    with pytest.raises(UsageError, match=r"do not fit shape .* 5 missing.*; give the config.json that"):
         new_decoder(resolve(str(tmp_path)), seed=0, device="cpu")
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from assay.errors import UsageError
 from assay.systems.decoder.attention import ATTENTION, attention
 from assay.systems.decoder.cache import Cache, GrowingCache, StaticCache
 from assay.systems.decoder.hf import hf_module
 from assay.systems.decoder.model import Decoder
+from assay.systems.decoder.parts import Parts
 from assay.systems.decoder.precision import cast
 from assay.systems.decoder.reference import ReferenceLM, reference_logits
 from assay.systems.decoder.shapes import DecoderConfig
-from assay.systems.decoder.state import load_strict, named_state, tied_names
+from assay.systems.decoder.state import load_strict, named_gradients, named_state, tied_names
 from tests.systems.decoder.helpers import CONFIGS, TINY, error, new, token_ids
 
 # Stock models take cosines, sines and the loss in float32 whatever their own precision is.
@@ -169,3 +175,48 @@ def _note_width(widths: list[int]):  # type: ignore[no-untyped-def]  # a hook's 
 def test_unknown_attention_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'sdpa'"):
         attention("spda")
+
+
+# recompute
+
+
+class _Made(TorchDispatchMode):
+    """Every storage that an operator made, to see later which are still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                ref = StorageWeakRef(storage)
+                self._made[ref.cdata] = (ref, storage.nbytes())
+        return out
+
+    def held_bytes(self) -> int:
+        return sum(size for ref, size in self._made.values() if not ref.expired())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_recompute_keeps_one_activation_less_of_each_layer_and_learns_the_same(merged: bool) -> None:
+    held: dict[bool, int] = {}
+    gradients: dict[bool, dict[str, Tensor | None]] = {}
+    ids_BT, plain = token_ids(2, 24), new(TINY)
+    for recompute in (False, True):
+        model = Decoder(TINY, Parts(merged=merged, recompute=recompute))
+        load_strict(named_state(model), named_state(plain), to="model", tied=tied_names(model))
+        with _Made() as made:
+            loss = model(ids_BT, labels=ids_BT).loss
+        held[recompute] = made.held_bytes()
+        loss.backward()
+        gradients[recompute] = named_gradients(model)
+    silu = ids_BT.numel() * TINY.intermediate_size * 4
+    assert held[False] - held[True] == TINY.num_hidden_layers * silu
+    for name, want in gradients[False].items():
+        got = gradients[True][name]
+        assert got is not None, name
+        assert want is not None, name
+        assert torch.equal(got, want), name

@@ -310,14 +310,15 @@ def stream_linear(
 
     RMSNorm before it where `norm_H` is given; with `gated`, weight (2 O, H), silu of the first half of the
     outputs times the second; then plus the residual. Sums in float32 and returns `dtype`. A matrix kernel
-    wastes fifteen of its sixteen rows on one token; this streams at the memory's rate.
+    wastes fifteen of its sixteen rows on one token; this streams at the memory's rate. A weight that is not
+    contiguous is copied first.
     """
     O, H = weight_OH.shape[0] // (2 if gated else 1), weight_OH.shape[1]  # noqa: E741 - outputs
     out = x_1H.new_empty(1, O, dtype=dtype)
     rows = _STREAM_ROWS // 2 if gated else _STREAM_ROWS
     _launch(_stream, (triton.cdiv(O, rows),))(
-        x_1H.contiguous(), x_1H if norm_H is None else norm_H, weight_OH,
-        x_1H if residual_1O is None else residual_1O, out, eps, H, O,
+        x_1H.contiguous(), x_1H if norm_H is None else norm_H.contiguous(), weight_OH.contiguous(),
+        x_1H if residual_1O is None else residual_1O.contiguous(), out, eps, H, O,
         NORMED=norm_H is not None, GATED=gated, ADDED=residual_1O is not None,
         ROWS=rows, BLOCK=min(_STREAM_BLOCK, triton.next_power_of_2(H)), num_warps=_STREAM_WARPS,
     )  # fmt: skip

@@ -54,7 +54,13 @@ def load_weights(module: nn.Module, shape: Shape) -> str:
     files = weight_files(shape)
     if not files:
         return "none"
-    load_strict(named_state(module), read_weights(files), to=f"shape '{shape.name}'", tied=tied_names(module))
+    load_strict(
+        named_state(module),
+        read_weights(files),
+        to=f"shape '{shape.name}'",
+        tied=tied_names(module),
+        remedy="give the config.json that these safetensors were saved with",
+    )
     return "real"
 
 

@@ -24,7 +24,7 @@ INGREDIENTS: Mapping[str, tuple[tuple[Scalar, ...], str]] = {
         ("torch", "chunked", "liger"),
         "cross entropy of full logits, or fused with the head, a chunk of tokens at a time",
     ),
-    "recompute": ((False, True), "multiply silu(gate) * up again in backward in place of keeping it"),
+    "recompute": ((False, True), "compute silu(gate) * up again in backward, to keep fewer activations"),
     "merged": ((False, True), "one product for q, k and v, one for gate and up"),
     "compile": ((False, True), "torch.compile"),
     "cuda_graph": ((False, True), "replay a step as one CUDA graph"),

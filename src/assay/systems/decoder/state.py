@@ -74,6 +74,7 @@ def load_strict(
     to: str,
     tied: Mapping[str, str] | None = None,
     copy: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+    remedy: str = "give the builder a state_map, or use weights=own",
 ) -> None:
     """Copy `given` into `own` by name, each by `copy`. Nothing is written unless everything fits.
 
@@ -82,18 +83,18 @@ def load_strict(
     """
     tied = tied or {}
     wanted = {tied.get(name, name): tensor for name, tensor in given.items() if tied.get(name) not in given}
-    _refuse(to, "missing", [name for name in own if name not in wanted])
-    _refuse(to, "extra", [name for name in wanted if name not in own])
+    _refuse(to, "missing", [name for name in own if name not in wanted], remedy)
+    _refuse(to, "extra", [name for name in wanted if name not in own], remedy)
     wrong = [
         f"{name} {tuple(wanted[name].shape)} for {tuple(tensor.shape)}"
         for name, tensor in own.items()
         if wanted[name].shape != tensor.shape
     ]
-    _refuse(to, "mis-shaped", wrong)
+    _refuse(to, "mis-shaped", wrong, remedy)
     split = [
         n for n, first in tied.items() if n in given and first in given and _differ(given[n], given[first])
     ]
-    _refuse(to, "untied (its two names hold different values)", split)
+    _refuse(to, "untied (its two names hold different values)", split, remedy)
     for name, tensor in own.items():
         copy(tensor, wanted[name])
 
@@ -102,11 +103,11 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     return a.shape != b.shape or not torch.equal(a, b.to(a.device))
 
 
-def _refuse(to: str, fault: str, names: Iterable[str]) -> None:
+def _refuse(to: str, fault: str, names: Iterable[str], remedy: str) -> None:
     names = list(names)
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UsageError(
             f"the weights do not fit {to}: {len(names)} {fault}: {', '.join(names[:3])}{more}",
-            remedy="give the builder a state_map, or use weights=own",
+            remedy=remedy,
         )
