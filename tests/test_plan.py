@@ -76,6 +76,8 @@ def test_compiling_by_default_gives_it_to_no_arm_that_has_none() -> None:
 def test_ingredients_that_do_not_go_together_are_refused_before_any_process() -> None:
     with pytest.raises(UsageError, match="cuda_graph=true needs a CUDA device"):
         plan(["eager", "compile[cuda_graph=true]"])
+    with pytest.raises(UsageError, match="attention=flash is a kernel for 16-bit values; expected bf16"):
+        plan(["eager", "eager[attention=flash]"], dtype=["fp32"])
 
 
 def test_builders_file_is_looked_for_in_the_arms_own_folder(

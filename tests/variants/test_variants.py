@@ -134,7 +134,7 @@ def test_lengths_are_checked_before_anything_is_built() -> None:
 def test_listing_and_checking_variants_does_not_import_torch() -> None:
     code = (
         "import sys; from assay.plugins import find, names; from assay.contracts import Case\n"
-        "case = Case(workload='infer', params={'shape': 'seed', 'seq_length': 8})\n"
+        "case = Case(workload='infer', params={'shape': 'seed', 'seq_length': 8}, dtype='bf16')\n"
         "[find('variants', n).check(case, {}) for n in names('variants')]\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

@@ -129,22 +129,21 @@ class KernelClock(CudaClock):
 
     `warm`: a sample's calls are captured as one CUDA graph and replayed, so they run back to back. `cold`:
     the last cache level is overwritten before each call, and calls are queued while a spinning kernel holds
-    the device. Calls that cannot be captured are queued too; one that waits for the device is timed gaps
-    and all. The host's time is none of its business: `wall_ns` repeats the device's.
+    the device. Calls that cannot be captured are queued too, and `cache` says `warm, queued` from then on;
+    one that waits for the device is timed gaps and all. The host's time is none of its business: `wall_ns`
+    repeats the device's.
     """
 
     def __init__(self, cache: Literal["warm", "cold"]) -> None:
         import torch
 
         super().__init__()
-        self.cache = cache
+        self.cache: str = cache
         level = torch.cuda.get_device_properties().L2_cache_size
         self._spoiler = torch.empty(max(_SPOILED_BYTES, 2 * level), dtype=torch.int8, device="cuda")
         self._hold_ns = 1e6
         self._cycles_per_ns = self._speed()
-        self._graphs: dict[
-            tuple[Step, int], Any
-        ] = {}  # of a step and a number of calls; None: not capturable
+        self._graphs: dict[tuple[Step, int], Any] = {}  # of a step and a number of calls
 
     def time(self, step: Step, inner: int = 1) -> Timing:
         """One sample; taken again with a longer hold where the host was not done queueing in time."""
@@ -182,7 +181,8 @@ class KernelClock(CudaClock):
                     for _ in repeat(None, inner):
                         step(ignore)
             except RuntimeError:  # it waits for the device, or allocates in a way that capturing forbids
-                graph = None  # type: ignore[assignment]  # known not to work
+                self.cache = "warm, queued"
+                return None
             self._graphs[key] = graph
         return self._graphs[key]
 

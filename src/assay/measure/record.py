@@ -257,7 +257,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     clock: str  # wall | cuda
     isolation: str  # process | inline
     pairing: str  # interleaved | alternating
-    cache: str  # warm | cold
+    cache: str  # warm | cold | warm, queued: a kernel that no graph could hold
     inner: int  # steps per sample; a sample is their mean
     warmup_steps: int
     warmup_steady: bool

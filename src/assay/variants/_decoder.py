@@ -72,7 +72,14 @@ def rung(name: str, summary: str, defaults: Mapping[str, Scalar], requires: tupl
     def check(case: Case, chosen: Options) -> None:
         check_params(case.params)
         check_ranks(case, _ranks(chosen))
-        parts(case, chosen)
+        made = parts(case, chosen)
+        if made.attention in _KERNELS and case.dtype in ("fp32", "fp64"):
+            raise UsageError(
+                f"attention={made.attention} is a kernel for 16-bit values",
+                expected="bf16, fp16 or bf16-autocast",
+                got=case.dtype,
+                remedy="another --dtype, or the arm sdpa",
+            )
 
     return Variant(
         summary=summary,

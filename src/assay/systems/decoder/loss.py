@@ -3,8 +3,8 @@
 For a chunk of tokens at a time: the head's product, the loss, and its gradient written over the logits, then
 the two products that the gradients of the hidden states and of the head's weight need. So backward has
 nothing left to do but scale, and the extra memory is one chunk of logits. The idea is Liger's fused linear
-cross entropy; theirs keeps chunks so small (128 tokens for Llama 3's vocabulary) that the weight is read
-again for each, ours takes the largest chunk within `CHUNK_BYTES`.
+cross entropy; theirs keeps chunks so small (256 of 8192 tokens for Llama 3's vocabulary and 2048 wide) that
+the weight is read again for each, ours takes the largest chunk within `CHUNK_BYTES`.
 
 An opaque operator on purpose: traced, torch.compile's partitioner would move the gradient's products into
 the backward graph and keep all the logits for them.
