@@ -6,11 +6,12 @@ Exit codes: 0 measured and every threshold asked for held; 1 a threshold failed;
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
@@ -19,6 +20,7 @@ from assay.errors import AssayError, UsageError, nearest
 
 if TYPE_CHECKING:
     from assay.config import RunConfig
+    from assay.contracts import Suite
     from assay.measure.record import Scalar
 
 __all__ = ["app", "main"]
@@ -170,6 +172,8 @@ def compare(
         `pkg.module:build` or `path/file.py:build`, either with options in brackets:
         `fused[compile=false]`, `mine.py:build[python=../b/bin/python,env.OMP_NUM_THREADS=1,cwd=../b]`.
     """
+    if len(arms) == 1:
+        raise UsageError("one arm cannot be compared", expected="two or more arms", got=arms[0])
     return _execute(_configuration(arms, what, how), where)
 
 
@@ -328,6 +332,57 @@ def _execute(config: RunConfig, where: Where) -> int:
     from assay import show
 
     return show.execute(config, where.dir, where.output, resume=where.resume, verbose=where.verbose)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SuiteWhere:
+    """What every suite takes."""
+
+    device: str = "auto"
+    "auto, cpu, cuda or cuda:N."
+
+    dir: str | None = None
+    "Folder for the suite's files; records go into its folder runs/."
+
+    resume: bool = False
+    "Go on with the latest run of the same options there; what is complete is not repeated."
+
+
+def mount_suites() -> None:
+    """Make every suite a verb with its own options. One that does not import shows in `assay list suites`."""
+    from assay import plugins
+
+    for name in plugins.names("suites"):
+        with contextlib.suppress(Exception):  # another package's suite must not take the other verbs with it
+            app.command(_verb(name, plugins.find("suites", name)), name=name)
+
+
+def _verb(name: str, suite: Suite) -> Callable[..., int]:
+    """A function with the suite's options as its flags."""
+    options = make_dataclass(
+        "SuiteOptions",
+        [
+            (key, Annotated[type(o.default), Parameter(help=o.help)], field(default=o.default))
+            for key, o in suite.options.items()
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    named: Any = Parameter(name="*")(options)
+    defaults = named()
+
+    def verb(*, options: Any = defaults, where: SuiteWhere = SuiteWhere()) -> int:
+        from assay import show
+
+        return show.execute_suite(name, vars(options), where.dir, device=where.device, resume=where.resume)
+
+    verb.__annotations__ = {"options": named, "where": SuiteWhere, "return": int}
+    verb.__doc__ = f"{suite.summary[0].upper()}{suite.summary[1:]}."
+    return verb
+
+
+mount_suites()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

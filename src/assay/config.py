@@ -96,10 +96,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 expected="0 < margin < 1 and 0.5 <= confidence < 1",
                 got=f"{self.margin} and {self.confidence}",
             )
-        if len(self.arms) < 2:
-            raise UsageError(
-                "one arm cannot be compared", expected="two or more arms", got=", ".join(self.arms) or "none"
-            )
+        if not self.arms:
+            raise UsageError("no arm to measure", expected="one or more arms")
         if self.attribute and len(self.arms) != 2:
             raise UsageError(
                 "--attribute explains one arm by another",

@@ -6,11 +6,12 @@ a workload supplies a Trial whose `step` is the only timed part, and the measuri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
+from assay.measure.kpi import KPI, Finding, Metric
 from assay.measure.record import Arm, Case, Record, Scalar, Work
 
 if TYPE_CHECKING:
@@ -23,16 +24,20 @@ __all__ = [
     "Claim",
     "Dataset",
     "Decoding",
+    "Entry",
     "Example",
+    "Finding",
     "Ingredient",
     "LanguageModel",
     "Mark",
+    "Metric",
     "Option",
     "Options",
     "Probe",
     "Record",
     "Scalar",
     "Suite",
+    "SuiteRun",
     "System",
     "Trial",
     "Variant",
@@ -46,7 +51,7 @@ Mark = Callable[[str], None]  # mark("forward") ends the phase `forward`; repeat
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One option of a variant or one parameter of a workload: its default, its meaning, what it may be."""
+    """An option of a variant or suite, or a parameter of a workload: its default, meaning, what it may be."""
 
     default: Scalar
     help: str
@@ -223,24 +228,42 @@ class Dataset(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KPI:
-    """A threshold on a metric; `when` says where it applies."""
+class Entry:
+    """One case that a suite planned, as it was planned, and what came of it."""
 
-    metric: str
-    comparison: Literal[">=", "<=", ">", "<"]
-    threshold: float
-    when: str = ""
+    case: Case
+    arms: tuple[Arm, ...]  # the first is the baseline of the others; one arm is measured alone
+    records: tuple[Record, ...] = ()
+    reason: str = ""  # why there are none
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteRun:
+    """What a run of a suite has found so far: all that its files are made from."""
+
+    options: Options
+    entries: Sequence[Entry] = ()
+    findings: Sequence[Finding] = ()
+    started: str  # ISO 8601, UTC
+    folder: Path | None = None  # of the records
+    state: Literal["running", "ended", "interrupted"] = "running"
 
 
 class Suite(Protocol):
-    """A named plan: cases and arms, and the files made from the records.
+    """A named plan: cases and arms, thresholds, and the files made from the records.
 
-    `plan` may be a generator that is sent the records so far: bisection, ablation, prediction then check.
+    `plan` is sent, for each case it yields, that case's records: bisection, ablation, prediction then check.
+    Its options are the suite's own and `device`, resolved. Nothing is measured outside `plan`, and nothing
+    but this run's entries makes a figure: a file that an earlier run left is never read.
     """
 
     summary: str
+    folder: str  # where the files go unless --dir says otherwise
     options: Mapping[str, Option]
     kpis: Sequence[KPI]
 
-    def plan(self, options: Options) -> Iterator[tuple[Case, Sequence[Arm]]]: ...
-    def exports(self, records: Sequence[Record], folder: Path) -> Sequence[Path]: ...
+    def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]], Sequence[Record], None]: ...
+    def settings(self, case: Case, options: Options) -> Mapping[str, Any]: ...  # of RunConfig: launches, ...
+    def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]: ...  # pure
+    # called before anything is measured, with no entries, and when the run is over, however it ended
+    def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]: ...

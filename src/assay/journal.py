@@ -106,10 +106,9 @@ class Journal:
         store = self._writer()
         if store is None:
             return
-        for arm, timing, letter in (
-            (pair.baseline, blocks.baseline[block], "B"),
-            (pair.other, blocks.other[block], "O"),
-        ):
+        taken = ((blocks.baseline, "B"), (blocks.other, "O"))
+        for arm, (timings, letter) in zip(pair.arms, taken, strict=False):
+            timing = timings[block]
             store.append_sample(
                 SampleLine(
                     run=self.config.hash,

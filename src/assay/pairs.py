@@ -23,7 +23,7 @@ __all__ = ["Pair", "attribution_pairs", "plain_pairs"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two arms in one case. Their names tell them from the case's other pairs."""
+    """Two arms in one case, or one arm alone. Their names tell them from the case's other pairs."""
 
     case: Case
     baseline: Arm
@@ -31,9 +31,14 @@ class Pair:
     attribution: Attribution | None = None  # what they stand for in one
 
     @property
-    def arms(self) -> tuple[Arm, Arm]:
-        """Baseline first."""
-        return (self.baseline, self.other)
+    def arms(self) -> tuple[Arm, ...]:
+        """Baseline first; an arm without another once."""
+        return (self.baseline,) if self.alone else (self.baseline, self.other)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is one arm: gated, measured and kept like any, and compared with none."""
+        return self.baseline.name == self.other.name
 
     def holds(self, record: Record) -> bool:
         """Whether a record belongs to this pair."""
@@ -49,8 +54,9 @@ class Pair:
 
 
 def plain_pairs(cases: Sequence[Case], arms: Sequence[Arm]) -> list[Pair]:
-    """In every case the first arm with each other one."""
-    return [Pair(case=case, baseline=arms[0], other=other) for case in cases for other in arms[1:]]
+    """In every case the first arm with each other one; a single arm alone."""
+    others = arms[1:] or arms
+    return [Pair(case=case, baseline=arms[0], other=other) for case in cases for other in others]
 
 
 def attribution_pairs(cases: Sequence[Case], arms: Sequence[Arm], texts: Sequence[str]) -> list[Pair]:

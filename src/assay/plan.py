@@ -21,7 +21,7 @@ from assay.pairs import Pair, attribution_pairs, plain_pairs
 if TYPE_CHECKING:
     from assay.contracts import Option, Variant, Workload
 
-__all__ = ["Plan", "make_plan", "resolve_options"]
+__all__ = ["Plan", "check_value", "make_plan", "resolve_device", "resolve_options"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def make_plan(config: RunConfig) -> Plan:
     workloads = {name: plugins.find("workloads", name) for name in config.workload}
     _check_params(config, workloads)
     arms = _arms(config)
-    where = device.resolve(config.device) if _needs_torch(config.device) else "cpu"
+    where = resolve_device(config.device)
     cases = [
         Case(workload=name, params=params, dtype=dtype, device=where, seed=config.seed)
         for name, workload in workloads.items()
@@ -64,9 +64,13 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(config=config, cases=cases, arms=arms, pairs=pairs)
 
 
-def _needs_torch(where: str) -> bool:
-    """`auto` without a GPU that the driver knows is the CPU; that takes no import of torch to see."""
-    return where != "cpu" and (where != "auto" or environment.nvml("cuda") is not None)
+def resolve_device(where: str) -> str:
+    """`auto` is the GPU, or without one that the driver knows the CPU; that takes no import of torch to see.
+
+    Raises Unavailable for a device that is not there.
+    """
+    known = where == "cpu" or (where == "auto" and environment.nvml("cuda") is None)
+    return "cpu" if known else device.resolve(where)
 
 
 def _dtype(dtype: str, where: str) -> str:
@@ -88,10 +92,11 @@ def _check_params(config: RunConfig, workloads: Mapping[str, Workload]) -> None:
         if not values:
             raise UsageError(f"parameter '{name}' has no value", expected="one or more")
         for value in values:
-            _check_value(name, value, known[name])
+            check_value(name, value, known[name])
 
 
-def _check_value(name: str, value: Scalar, option: Option) -> None:
+def check_value(name: str, value: Scalar, option: Option) -> None:
+    """Raise UsageError, in the words of a flag, where an option may not have this value."""
     flag = "--" + name.replace("_", "-")
     whole = isinstance(option.default, int) and not isinstance(option.default, bool)
     if whole and (not isinstance(value, int) or isinstance(value, bool)):

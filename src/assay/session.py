@@ -182,6 +182,7 @@ class _Session:
                 self._measure_pair(pair, made, launch)
             except _Trouble as e:
                 together = e.arm == pair.other.name or pair.other.name in launch.built
+                together = together and not pair.alone
                 if e.status is not Status.OUT_OF_MEMORY or not together:
                     raise
                 self._alternate(pair, made, launch)
@@ -218,7 +219,7 @@ class _Session:
         for arm in pair.arms:
             self._warm(pair.case, arm, launch)
         with self._finishing_first():
-            launch.blocks = self._interleave(pair, launch)
+            launch.blocks = self._solo(pair, launch) if pair.alone else self._interleave(pair, launch)
             self._open_next(pair, launch)
             for arm in pair.arms:
                 self._close_arm(pair.case, arm, made, launch)
@@ -264,6 +265,23 @@ class _Session:
         )
         if self._abandoned:  # a worker is in the middle of an answer that nobody waits for
             raise KeyboardInterrupt
+        return blocks
+
+    def _solo(self, pair: Pair, launch: Launch) -> Blocks:
+        """Samples of an arm that is compared with none, until the interval of its own time is narrow."""
+        arm = pair.baseline
+        self.observer.doing(pair.case, arm.name, "measuring")
+        stop, begin = self._stop(self._asked_blocks(pair.case, launch.number)), time.monotonic()
+        blocks = Blocks()
+        log_times: list[float] = []
+        while not blocks.stop:
+            with _blaming(arm):
+                timing = ask(launch.channels[arm.name], Sample(), Sampled).timing
+            blocks.baseline.append(timing)
+            blocks.order += "B"
+            self.journal.sample(pair, launch.number, blocks, len(blocks.order) - 1)
+            log_times.append(math.log(timing.step_ns))
+            blocks.stop = stop(log_times, time.monotonic() - begin) or ""
         return blocks
 
     def _tell_block(self, pair: Pair, number: int, log_ratios: Sequence[float], asked: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What the verbs `compare`, `run` and `report` do: measure, judge, show, write."""
+"""What the verbs `compare`, `run`, `report` and those of the suites do: measure, judge, show, write."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 
 import msgspec
 
-from assay import session
+from assay import plugins, session, suite
 from assay.config import RunConfig, from_mapping
-from assay.errors import StoreError, UsageError
+from assay.contracts import Options
+from assay.errors import UsageError
 from assay.measure.device import load_calibration
-from assay.measure.record import Record
-from assay.measure.store import check_space, write_atomically
+from assay.measure.record import Case, Record
+from assay.measure.store import check_writable, write_atomically
 from assay.measure.verdict import Comparison, StoredScatter, compare_records, exit_code
 from assay.plan import make_plan
 
-__all__ = ["execute", "judged", "show"]
+__all__ = ["execute", "execute_suite", "judged", "show"]
 
 RESULTS = Path("assay-results")
 
@@ -30,13 +31,39 @@ def execute(config: RunConfig, folder: str | None, output: str, *, resume: bool,
 
     plan = make_plan(config)
     place = _folder(config, folder, resume=resume)
-    _check_writable(place, output)
+    if Path(output).is_dir():
+        raise UsageError(f"--output '{output}' is a folder", expected="the path of a JSON file")
+    check_writable(place)
+    check_writable(Path(output).absolute().parent)
     console = Console(stderr=True)
     outcome = session.run(plan, place, RichProgress(console), resume=resume)
     if not outcome.records:
         console.print("nothing was measured before the run was stopped")
         return 130
     return show(outcome.records, place, output, verbose=verbose)
+
+
+def execute_suite(name: str, options: Options, folder: str | None, *, device: str, resume: bool) -> int:
+    """Run a suite, print its KPIs and where its files are; return the exit code."""
+    from rich.console import Console
+
+    from assay.report.progress import RichProgress
+    from assay.report.suite import render_findings
+
+    console = Console(stderr=True)
+
+    def observe(case: Case) -> RichProgress:
+        console.print(str(case), markup=False, highlight=False, style="dim")
+        return RichProgress(console)
+
+    found = plugins.find("suites", name)
+    run, paths = suite.run_suite(
+        name, found, options, Path(folder) if folder else None, where=device, resume=resume, observe=observe
+    )
+    out = Console()
+    render_findings(run.findings, out)
+    out.print("written: " + ", ".join(map(str, paths)), soft_wrap=True, highlight=False, markup=False)
+    return suite.exit_code(run)
 
 
 def show(records: Sequence[Record], folder: Path, output: str | None, *, verbose: bool) -> int:
@@ -106,21 +133,3 @@ def _folder(config: RunConfig, given: str | None, *, resume: bool) -> Path:
             )
         return earlier[-1]
     return RESULTS / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.hash[:6]}"
-
-
-def _check_writable(folder: Path, output: str) -> None:
-    """Find an unwritable place or a full disk before anything is measured, and leave nothing behind."""
-    check_space(folder)
-    if Path(output).is_dir():
-        raise UsageError(f"--output '{output}' is a folder", expected="the path of a JSON file")
-    for path, parent in ((folder, folder.absolute()), (Path(output), Path(output).absolute().parent)):
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise StoreError(f"cannot write '{path}': '{parent}' is not a folder; choose another place")
-        probe = parent / f".assay-probe-{id(path):x}"
-        try:
-            probe.write_bytes(b"x")
-            probe.unlink()
-        except OSError as e:
-            raise StoreError(f"cannot write in '{parent}': {e.strerror}; choose another place") from e

@@ -330,3 +330,45 @@ def _autocorrelated(rng: np.random.Generator, n: int, rho: float) -> np.ndarray:
     for i in range(1, n):
         x[i] += rho * x[i - 1]
     return x
+
+
+# Power laws
+
+
+LAWS = st.tuples(
+    st.floats(-3, 3), st.floats(1e-6, 1e6), st.lists(st.integers(0, 12), min_size=2, max_size=8, unique=True)
+)
+
+
+@given(LAWS)
+def test_power_law_is_found_exactly_where_there_is_one(law: tuple[float, float, list[int]]) -> None:
+    exponent, factor, powers = law
+    x = [2.0**p for p in powers]
+    fitted = stats.power_law(x, [factor * v**exponent for v in x])
+    assert fitted.exponent == pytest.approx(exponent, abs=1e-9)
+    assert fitted.factor == pytest.approx(factor, rel=1e-8)
+    assert fitted.half_width == math.inf if len(x) == 2 else fitted.half_width < 1e-9
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=3, max_size=8), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_units_do_not_change_the_exponent_nor_its_interval(y: list[float], a: float, b: float) -> None:
+    x = [2.0**i for i in range(len(y))]
+    one = stats.power_law(x, y)
+    other = stats.power_law([a * v for v in x], [b * v for v in y])
+    assert other.exponent == pytest.approx(one.exponent, abs=1e-9)
+    assert other.half_width == pytest.approx(one.half_width, rel=1e-6, abs=1e-9)
+
+
+def test_exponents_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(3)
+    x = 2.0 ** np.arange(8, 13)
+    fits = [stats.power_law(x, x * np.exp(0.05 * rng.standard_normal(5)), 0.9) for _ in range(2000)]
+    covered = sum(abs(fit.exponent - 1) <= fit.half_width for fit in fits)
+    low, high = stats.binomial_interval(covered, len(fits), 0.999)
+    assert low <= 0.9 <= high
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 1], [1, 2]), ([1], [1]), ([1, 2], [0, 1]), ([1, 2], [1, -1])])
+def test_what_fixes_no_power_law_is_refused(x: list[float], y: list[float]) -> None:
+    with pytest.raises(ValueError, match="power_law needs"):
+        stats.power_law(x, y)

@@ -24,6 +24,7 @@ __all__ = [
     "LAUNCH_SCALE",
     "MIN_BATCHES",
     "Estimate",
+    "PowerLaw",
     "anytime_half_width",
     "anytime_interval",
     "batch_means",
@@ -36,6 +37,7 @@ __all__ = [
     "launches_needed",
     "log_ratios",
     "one_launch_interval",
+    "power_law",
     "running_interval",
     "smallest_effect",
     "standard_error",
@@ -70,6 +72,20 @@ class Estimate:
     def high(self) -> float:
         """Upper end, natural log."""
         return self.mean + self.half_width
+
+
+@dataclass(frozen=True, slots=True)
+class PowerLaw:
+    """y = factor x^exponent, fitted to n points; the half width is inf where two points fix both."""
+
+    exponent: float
+    half_width: float  # of the exponent's interval
+    factor: float
+    n: int
+
+    def at(self, x: float) -> float:
+        """The fitted y."""
+        return self.factor * float(x**self.exponent)
 
 
 # Plain statistics
@@ -276,6 +292,33 @@ def binomial_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, 
 def bonferroni(confidence: float, family: int) -> float:
     """The confidence of each of `family` intervals that makes all hold together with `confidence`."""
     return 1 - (1 - confidence) / max(family, 1)
+
+
+def power_law(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> PowerLaw:
+    """Fit y = factor x^exponent by least squares of log y on log x, both (n,) and above 0.
+
+    The exponent's interval is Student's with n - 2 degrees of freedom. It takes the logs' deviations from
+    the line to be independent and normal: of a curve that is no power law it says how straight it is, no
+    more. Raises ValueError with fewer than two distinct x, or where a value is not above 0.
+    """
+    from scipy.special import stdtrit
+
+    logs = np.array([x, y], dtype=np.float64)
+    if not np.all(logs > 0):
+        raise ValueError("power_law needs values above zero")
+    log_x, log_y = np.log(logs)
+    d = log_x - log_x.mean()
+    spread, n = float(d @ d), log_x.size
+    if n < 2 or np.ptp(log_x) == 0:
+        raise ValueError("power_law needs two distinct x")
+    slope = float(d @ log_y) / spread
+    residual = log_y - log_y.mean() - slope * d
+    half_width = math.inf
+    if n > 2:
+        scatter = math.sqrt(float(residual @ residual) / (n - 2))
+        half_width = float(stdtrit(n - 2, 0.5 + confidence / 2)) * scatter / math.sqrt(spread)
+    factor = math.exp(float(log_y.mean()) - slope * float(log_x.mean()))
+    return PowerLaw(exponent=slope, half_width=half_width, factor=factor, n=n)
 
 
 # Planning

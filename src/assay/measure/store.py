@@ -30,7 +30,7 @@ from assay.measure.record import SCHEMA, Record, SampleLine, Status
 __all__ = [
     "MIN_FREE_MIB",
     "RunStore",
-    "check_space",
+    "check_writable",
     "completed",
     "latest",
     "read_records",
@@ -198,6 +198,25 @@ def check_space(folder: Path) -> None:
             f"{folder} has {free_mib:.0f} MiB of disk space left; expected at least {MIN_FREE_MIB} MiB; "
             "free some or choose a folder on another disk"
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Find a place where no folder can be, or a full disk, before anything is measured. Raises StoreError.
+
+    Nothing is left behind.
+    """
+    check_space(folder)
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise StoreError(f"cannot write '{folder}': '{parent}' is not a folder; choose another place")
+    probe = parent / f".assay-probe-{os.getpid()}"
+    try:
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as e:
+        raise StoreError(f"cannot write in '{parent}': {e.strerror}; choose another place") from e
 
 
 @contextmanager

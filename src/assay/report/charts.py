@@ -42,7 +42,8 @@ _ROWS = {
     "memory": ("phase", 34),
 }
 _HEIGHT = 200  # of a chart whose rows are not counted, pixels
-_TALL = {"roofline": 320, "lengths": 260, "batches": 260}
+_SCALED = ("scaling-time", "scaling-memory", "scaling-rate")
+_TALL = {"roofline": 320, "lengths": 260, "batches": 260} | dict.fromkeys(_SCALED, 300)
 _LEADING = "round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))"  # digit of a tick
 _TIME_AXIS = "format(datum.value, '~s') + 's'"
 
@@ -386,6 +387,42 @@ def _batches() -> Drawing:
     return _sweep("batch", "tokens/s", tick, "isValid(datum.{0}) ? format(datum.{0}, '.4s') : '-'")
 
 
+def _scaling(x_title: str, y_title: str, tick: str, spelled: str) -> Drawing:
+    """Measured points on logarithmic axes, and each arm's fitted power law, dashed."""
+    pick = _pick()
+    colour, _ = _arm(pick)
+    shown = alt.condition(pick, alt.value(1), alt.value(0.1))
+    x = _log(alt.X, "x", x_title, "format(datum.value, ',')", base=2)
+    y = _log(alt.Y, "y", y_title, tick)
+    tips = [_tip("a:N", "arm"), _tip("x:Q", x_title, ","), _tip("y_text:N", y_title)]
+    tips += [_tip("law:N", "grows as")]
+    rows = _chart().transform_calculate(y_text=spelled.format("y"))
+    points = rows.mark_point(size=50, filled=True).encode(x=x, y=y, color=colour, opacity=shown, tooltip=tips)
+    fit = (
+        _chart()
+        .transform_filter("isValid(datum.fit)")
+        .transform_calculate(y="datum.fit")
+        .mark_line(strokeWidth=1.5, strokeDash=[5, 4])
+        .encode(x=x, y=y, color=colour, opacity=shown)
+    )
+    return fit + points.add_params(pick)
+
+
+def _scaling_time() -> Drawing:
+    """Time against N."""
+    return _scaling("N", "time", _TIME_AXIS, "format(datum.{0}, '.4s') + 's'")
+
+
+def _scaling_memory() -> Drawing:
+    """Peak memory against tokens."""
+    return _scaling("tokens", "peak MiB", "format(datum.value, ',')", "format(datum.{0}, ',.1f')")
+
+
+def _scaling_rate() -> Drawing:
+    """Tokens a second against the batch."""
+    return _scaling("batch", "tokens/s", "format(datum.value, '~s')", "format(datum.{0}, '.4s')")
+
+
 KINDS = {
     "ladder": _ladder,
     "attribution": _attribution,
@@ -399,6 +436,9 @@ KINDS = {
     "roofline": _roofline,
     "lengths": _lengths,
     "batches": _batches,
+    "scaling-time": _scaling_time,
+    "scaling-memory": _scaling_memory,
+    "scaling-rate": _scaling_rate,
 }
 
 

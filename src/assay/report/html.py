@@ -29,6 +29,17 @@ from assay.report.figures import (
     sweep_figures,
 )
 from assay.report.markup import Safe, element, join, table
+from assay.report.suite import (
+    FINDING_HEADERS,
+    FINDING_NUMBERS,
+    SCALING_HEADERS,
+    SCALING_NUMBERS,
+    Page,
+    Section,
+    finding_cells,
+    scaling_cells,
+    scaling_rows,
+)
 from assay.report.sweeps import Sweep, sweeps
 from assay.report.view import (
     CaseView,
@@ -73,9 +84,15 @@ class Bundle:
 
 
 def render_html(
-    records: Sequence[Record], comparisons: Sequence[Comparison], bundle: Bundle | None = None
+    records: Sequence[Record],
+    comparisons: Sequence[Comparison],
+    bundle: Bundle | None = None,
+    page: Page | None = None,
 ) -> str:
-    """Return the whole report. `bundle` may have been started earlier, to save time."""
+    """Return the whole report, after a suite's page where there is one.
+
+    `bundle` may have been started earlier, to save time.
+    """
     bundle = bundle or Bundle()
     views = case_views(records, comparisons)
     swept = sweeps(views)
@@ -84,6 +101,7 @@ def render_html(
     charted = {id(c): points for c in [c for c in comparisons if c.interval][:_CHARTED]}
     main = join(
         [
+            *(_page(page, figures) if page else ()),
             _verdicts(views, figures),
             *(_case(view, figures, charted, len(views)) for view in views),
             _sweeps(swept, figures),
@@ -95,11 +113,11 @@ def render_html(
     )
     body = element(
         "div",
-        _top(records, views),
-        element("div", _contents(views, swept), element("main", main), attributes={"class": "columns"}),
+        _top(records, views, page),
+        element("div", _contents(views, swept, page), element("main", main), attributes={"class": "columns"}),
         attributes={"class": "page"},
     )
-    return _document(_title(views), body, _data(figures), bundle.script())
+    return _document(f"Assay: {page.title}" if page else _title(views), body, _data(figures), bundle.script())
 
 
 # The frame
@@ -149,7 +167,7 @@ def _title(views: Sequence[CaseView]) -> str:
     return f"Assay: {words.sentence(first)}" if first else "Assay report"
 
 
-def _top(records: Sequence[Record], views: Sequence[CaseView]) -> Safe:
+def _top(records: Sequence[Record], views: Sequence[CaseView], page: Page | None) -> Safe:
     runs = ", ".join(dict.fromkeys(r.run for r in records))
     begun = min((r.started for r in records), default="")
     devices = dict.fromkeys(r.environment.device or r.environment.cpu for r in records if r.environment)
@@ -157,14 +175,14 @@ def _top(records: Sequence[Record], views: Sequence[CaseView]) -> Safe:
     facts_line = " · ".join(part for part in (begun, ", ".join(devices), size) if part)
     return element(
         "header",
-        element("h1", "Assay report"),
+        element("h1", page.title if page else "Assay report"),
         element("p", facts_line, attributes={"class": "soft"}),
         element("p", "Run ", element("code", runs), attributes={"class": "soft small"}),
         attributes={"class": "top"},
     )
 
 
-def _contents(views: Sequence[CaseView], swept: Sequence[Sweep]) -> Safe:
+def _contents(views: Sequence[CaseView], swept: Sequence[Sweep], page: Page | None) -> Safe:
     cases = [_entry(f"#{view.case.id}", view.case.workload, words.case_details(view.case)) for view in views]
     rest = (
         *((("#sweeps", _SWEEPS),) if swept else ()),
@@ -173,7 +191,9 @@ def _contents(views: Sequence[CaseView], swept: Sequence[Sweep]) -> Safe:
         ("#configuration", "Configuration"),
         ("#records", "Records"),
     )
-    entries = [_entry("#verdicts", "Verdicts"), *cases, *(_entry(place, name) for place, name in rest)]
+    front = [("#kpis", "KPIs"), *((f"#{s.anchor}", s.title) for s in page.sections)] if page else []
+    entries = [_entry(place, name) for place, name in front]
+    entries += [_entry("#verdicts", "Verdicts"), *cases, *(_entry(place, name) for place, name in rest)]
     opened = {"open": ""} if len(entries) <= _OPEN else {}
     inside = element("details", element("summary", "Contents"), element("ul", *entries), attributes=opened)
     return element("nav", inside, attributes={"aria-label": "Contents"})
@@ -210,6 +230,39 @@ def _figure(figure: Figure) -> Safe:
         element("figcaption", figure.caption),
         element("div", attributes={**plot, "aria-label": f"{figure.title}. {figure.caption}"}),
     )
+
+
+# A suite's page
+
+
+def _page(page: Page, shown: list[Figure]) -> list[Safe]:
+    """The KPIs, then every section of the suite."""
+    said = [element("p", line) for line in (page.headline, *page.said)]
+    status = FINDING_HEADERS.index("status")
+    cells = [
+        [
+            element("span", c, attributes={"class": "bad"}) if i == status and c in ("FAILED", "ERROR") else c
+            for i, c in enumerate(line)
+        ]
+        for line in finding_cells(page.findings)
+    ]
+    kpis = _section("kpis", "KPIs", *said, table(FINDING_HEADERS, cells, FINDING_NUMBERS))
+    return [kpis, *(_part(section, shown) for section in page.sections)]
+
+
+def _part(section: Section, shown: list[Figure]) -> Safe:
+    said = [element("p", line, attributes={"class": "soft small"}) for line in section.said]
+    inside = [*said, table(section.headers, section.rows, section.numbers)]
+    if section.scaling and (drawn := scaling_rows(section.scaling)):
+        scaling = section.scaling
+        figure = Figure(
+            kind=scaling.kind, key=scaling.key, title=scaling.title, caption=scaling.caption, rows=drawn
+        )
+        inside += [
+            table(SCALING_HEADERS, scaling_cells(scaling), SCALING_NUMBERS),
+            _figures([figure], shown),
+        ]
+    return _section(section.anchor, section.title, *inside)
 
 
 # The verdicts

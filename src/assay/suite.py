@@ -1,0 +1,198 @@
+"""The story of a suite: every case that its plan yields becomes a run of its own; then files, then a verdict.
+
+Each case goes through session.run with the usual gate, proofs and records, into a folder of its own that
+`assay report` draws and `assay run` repeats. What cannot be measured becomes a reason, not an end. The
+suite's files are written before the first case, so that nothing of an earlier run survives, and again at the
+end, with the status of every KPI, before the exit code is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from assay import session
+from assay.config import from_mapping, parse_arm
+from assay.contracts import Entry, Options, Suite, SuiteRun
+from assay.errors import AssayError, StoreError, UsageError, nearest
+from assay.journal import now
+from assay.measure.kpi import KPIStatus, judge_kpis
+from assay.measure.record import Arm, Case, Record, Status, digest
+from assay.measure.store import RECORDS, check_writable
+from assay.observer import NullObserver, Observer
+from assay.plan import check_value, make_plan, resolve_device
+
+if TYPE_CHECKING:
+    from assay.session import Connect
+
+__all__ = ["exit_code", "measure_entry", "resolve", "run_suite"]
+
+RUNS = "runs"  # beside the suite's files: a folder for each run's records
+Observe = Callable[[Case], Observer]
+
+
+def run_suite(
+    name: str,
+    suite: Suite,
+    given: Options,
+    folder: Path | None = None,
+    *,
+    where: str = "auto",
+    resume: bool = False,
+    observe: Observe = lambda _case: NullObserver(),
+    connect: Connect | None = None,
+) -> tuple[SuiteRun, Sequence[Path]]:
+    """Measure what a suite plans, write its files and name them; `given` are options by name.
+
+    Raises UsageError, Unavailable or StoreError before anything is written. A Ctrl-C ends the run, and its
+    files say what was not measured.
+    """
+    options = resolve(suite, name, given, where)
+    place = Path(suite.folder) if folder is None else folder
+    check_writable(place)
+    with closing(suite.plan(options)) as plan:
+        first = next(plan, None)  # a wrong option is told here, before anything is written
+        run = SuiteRun(options=options, started=now(), folder=_records_folder(place, name, options, resume))
+        suite.exports(_judged(suite, run), place)
+        run = _measure(suite, plan, first, run, observe, connect, resume=resume)
+    run = _judged(suite, run)
+    return run, suite.exports(run, place)
+
+
+def resolve(suite: Suite, name: str, given: Options, where: str) -> Options:
+    """The suite's defaults under what was given, and the device. Raises UsageError with the nearest name."""
+    for key, value in given.items():
+        if key not in suite.options:
+            raise UsageError(
+                f"suite '{name}' has no option '{key}'",
+                expected=f"one of {', '.join(suite.options)}",
+                remedy=nearest(key, suite.options),
+            )
+        check_value(key, value, suite.options[key])
+    return {n: given.get(n, o.default) for n, o in suite.options.items()} | {"device": resolve_device(where)}
+
+
+def exit_code(run: SuiteRun) -> int:
+    """2 a gate or proof failed; 3 nothing was measured; 1 a KPI failed or has no sound figure; 0."""
+    statuses = {record.status for entry in run.entries for record in entry.records}
+    if statuses & {Status.GATE_FAILED, Status.PROOF_FAILED}:
+        return 2
+    if not any(status.measured for status in statuses):
+        return 130 if run.state == "interrupted" else 3
+    return int(any(f.status in (KPIStatus.FAILED, KPIStatus.ERROR) for f in run.findings))
+
+
+def _judged(suite: Suite, run: SuiteRun) -> SuiteRun:
+    metrics = suite.metrics(run.entries, run.options)
+    return replace(run, findings=judge_kpis(suite.kpis, metrics))
+
+
+# The cases
+
+
+def _measure(
+    suite: Suite,
+    plan: Any,
+    first: tuple[Case, Sequence[Arm]] | None,
+    run: SuiteRun,
+    observe: Observe,
+    connect: Connect | None,
+    *,
+    resume: bool,
+) -> SuiteRun:
+    """Feed the plan with the records of what it yields. A case that comes again is not measured again."""
+    entries: list[Entry] = []
+    step, stopped = first, False
+    try:
+        while step is not None and not stopped:
+            case, arms = step[0], tuple(step[1])
+            entry = next((e for e in entries if (e.case, e.arms) == (case, arms)), None)
+            if entry is None:
+                settings = suite.settings(case, run.options)
+                place = None if run.folder is None else run.folder / _entry_name(case, arms)
+                entry, stopped = measure_entry(
+                    case, arms, settings, place, observe(case), resume=resume, connect=connect
+                )
+                entries.append(entry)
+            if not stopped:
+                step = _next(plan, entry.records)
+    except KeyboardInterrupt:
+        stopped = True
+    return replace(run, entries=entries, state="interrupted" if stopped else "ended")
+
+
+def _next(plan: Any, records: Sequence[Record]) -> tuple[Case, Sequence[Arm]] | None:
+    try:
+        step: tuple[Case, Sequence[Arm]] = plan.send(records)
+    except StopIteration:
+        return None
+    return step
+
+
+def measure_entry(
+    case: Case,
+    arms: tuple[Arm, ...],
+    settings: Mapping[str, Any],
+    folder: Path | None,
+    observer: Observer,
+    *,
+    resume: bool = False,
+    connect: Connect | None = None,
+) -> tuple[Entry, bool]:
+    """One case as a run of its own, and whether the user stopped it. What this machine lacks is a reason.
+
+    `settings` are keys of the configuration beside the case and its arms.
+    """
+    try:
+        config = from_mapping({**settings, **_asked(case, arms)}, "the suite's plan")
+        resume = resume and folder is not None and (folder / RECORDS).exists()
+        outcome = session.run(make_plan(config), folder, observer, resume=resume, connect=connect)
+    except StoreError:
+        raise
+    except AssayError as e:
+        return Entry(case=case, arms=arms, reason=str(e)), False
+    return Entry(case=case, arms=arms, records=tuple(outcome.records)), outcome.interrupted
+
+
+def _asked(case: Case, arms: Sequence[Arm]) -> dict[str, Any]:
+    """What a case and its arms decide of the configuration. An arm's name is what one types for it."""
+    for arm in arms:
+        read = parse_arm(arm.name)
+        assert (read.target, read.options, read.env) == (arm.target, arm.options, arm.env), arm.name
+    return {
+        "arms": [arm.name for arm in arms],
+        "workload": [case.workload],
+        "params": case.params,
+        "dtype": [case.dtype],
+        "device": case.device,
+        "seed": case.seed,
+    }
+
+
+# Where
+
+
+def _entry_name(case: Case, arms: Sequence[Arm]) -> str:
+    return f"{case.workload}-{digest([case, list(arms)], 8)}"
+
+
+def _records_folder(place: Path, name: str, options: Options, resume: bool) -> Path:
+    """A new folder, or the latest of the same suite and options to go on with."""
+    mark = digest([name, dict(options)], 6)
+    if resume:
+        earlier = sorted((place / RUNS).glob(f"*-{mark}"))
+        if not earlier:
+            raise UsageError(
+                "no run of this suite with these options to resume",
+                expected=f"a folder {place / RUNS}/*-{mark}",
+                remedy="leave out --resume, or name its --dir",
+            )
+        return earlier[-1]
+    stamp, count = f"{datetime.now(UTC):%Y%m%d-%H%M%S}", 0
+    while any((place / RUNS).glob(f"{stamp}.{count}-*")):  # two runs may begin in one second
+        count += 1
+    return place / RUNS / f"{stamp}.{count}-{mark}"
