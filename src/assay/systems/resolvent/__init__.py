@@ -4,9 +4,9 @@
     g = resolvent_diagonal(a, b, c, 0.1 + 0.1j)          # a (..., N), b and c (..., N-1) or (N-1,)
     logits_BTV = create_phase2_model("small")(ids_BT)
 
-Read formulas.py, which is the mathematics, then diagonal.py, which makes an operator of it (docs/resolvent.md);
-and mixer.py, memory.py and phase2.py for the model (docs/phase2.md). Importing this package, `shapes` or `cost`
-does not import torch: the names below are imported when they are first asked for.
+Read formulas.py, which is the mathematics, then diagonal.py, which makes an operator of it
+(docs/resolvent.md); mixer.py, memory.py and phase2.py for the model (docs/phase2.md). Importing this package,
+`shapes` or `cost` does not import torch: the names below are imported when they are first asked for.
 """
 
 from __future__ import annotations

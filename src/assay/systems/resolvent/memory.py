@@ -112,7 +112,7 @@ def _starts(totals_BHN: Tensor, added_BHNKV: Tensor, state_BHKV: Tensor | None) 
 
 
 def _decays(to: Tensor, since: Tensor, ahead: int = 0) -> Tensor:
-    """exp(to_i - since_j) where j + ahead <= i, else 0: (..., I, J). Sums of decays fall, so none exceeds 1."""
+    """exp(to_i - since_j) where j + ahead <= i, else 0, (..., I, J). The sums fall, so none exceeds 1."""
     later = torch.ones(to.shape[-1], since.shape[-1], dtype=torch.bool, device=to.device).triu(1 - ahead)
     return (to[..., :, None] - since[..., None, :]).masked_fill(later, float("-inf")).exp()
 

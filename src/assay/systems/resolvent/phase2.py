@@ -111,8 +111,8 @@ class Phase2Model(nn.Module):
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         x_BTD, weight_VD = _as_autocast(x_BTD, self.head.weight)
-        rows = wide_rows(x_BTD.flatten(0, 1), weight_VD)[:, : self.config.vocab_size]
-        return rows.unflatten(0, x_BTD.shape[:2])
+        rows: Tensor = wide_rows(x_BTD.flatten(0, 1), weight_VD)
+        return rows[:, : self.config.vocab_size].view(*x_BTD.shape[:2], -1)
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():

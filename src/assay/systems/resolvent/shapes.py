@@ -69,12 +69,17 @@ class Phase2Config:
 
     @property
     def parameters(self) -> int:
-        """All of them: the tests count the model's own against it. The table of positions is not trained."""
+        """All of them: the tests count the model's own against it."""
         D, M = self.d_model, self.memory_width
         mixer = 2 * (D + 1) + 3 * D + self.n_seq - 1
         biases = 3 * M + self.n_heads + D + self.d_ff + D
         block = self.block_matmul_parameters + mixer + biases + 3 * 2 * D
         return 2 * self.head_parameters + self.n_seq * D + self.n_layers * block + 2 * D
+
+    @property
+    def trained_parameters(self) -> int:
+        """Those that training changes: all but the table of positions."""
+        return self.parameters - self.n_seq * self.d_model
 
     @property
     def summary(self) -> str:
