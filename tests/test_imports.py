@@ -49,6 +49,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "config": ("errors", "measure.record"),
     "systems": BENCH,
     "systems.c2c": (*BENCH, "systems.decoder"),
+    "systems.resolvent": (*BENCH, "systems.decoder"),  # the phase-2 model is a language model of the bench
     "systems.split": (*BENCH, "systems.decoder"),
     "contracts": ("errors", "measure.kpi", "measure.record"),
     "gate": ("contracts", "errors", "measure.record"),
