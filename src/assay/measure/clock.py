@@ -237,9 +237,14 @@ class FakeClock:
         """Nothing runs."""
 
 
-def for_device(device: str) -> Clock:
-    """The clock that belongs to a device: `cuda` events there, the host's clock elsewhere."""
-    return CudaClock() if device.startswith("cuda") else WallClock()
+def for_device(device: str, kernels: Literal["warm", "cold"] | None = None) -> Clock:
+    """The clock that belongs to a device: `cuda` events there, the host's clock elsewhere.
+
+    `kernels` asks for the device's time without the host's launches, with its caches warm or cold.
+    """
+    if not device.startswith("cuda"):
+        return WallClock()
+    return KernelClock(kernels) if kernels else CudaClock()
 
 
 def _timing(

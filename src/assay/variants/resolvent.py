@@ -1,0 +1,130 @@
+"""The resolvent's diagonal as an operator, by each of its implementations (docs/resolvent.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from assay.contracts import Case, Claim, Option, Options, Variant
+from assay.errors import UsageError
+from assay.variants._operator import Operator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["VARIANT", "make"]
+
+IMPLEMENTATIONS = ("pcr", "loop", "schur")
+TELLING = 128  # rows from which on the products of a backward pass tell log depth from a loop
+
+
+def make(
+    seed: int, n: int = 4096, batch: int = 16, data: str = "normal", shared: bool = False
+) -> tuple[Tensor, Tensor, Tensor, complex]:
+    """a (batch, n), b and c (batch, n-1) or, shared, (n-1,): independent N(0, 1); z = 0.1 + 0.1j.
+
+    `nonnegative` takes the absolute values of b and c, so that no product b c is negative and |G| <= 10.
+    Raises UsageError for other data and sizes.
+    """
+    import torch
+
+    if data not in ("normal", "nonnegative") or n < 1 or batch < 1:
+        raise UsageError(
+            "no such matrices",
+            expected="data=normal or nonnegative, n and batch of 1 or more",
+            got=f"data={data}, n={n}, batch={batch}",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    links = (n - 1,) if shared else (batch, n - 1)
+    a, b, c = (torch.randn(size, generator=generator) for size in ((batch, n), links, links))
+    if data == "nonnegative":
+        b, c = b.abs(), c.abs()
+    return a.requires_grad_(), b.requires_grad_(), c.requires_grad_(), 0.1 + 0.1j
+
+
+def _build(case: Case, options: Options) -> Operator:
+    function = _function(str(options["implementation"]))
+    if options["compile"]:
+        from assay.systems.decoder.compiling import compile_call, require_compiler
+
+        require_compiler(case.device)
+        function = compile_call(function, "default")
+    return Operator(function, replays=bool(options["cuda_graph"]), compiled=bool(options["compile"]))
+
+
+def _function(implementation: str) -> Callable[..., Any]:
+    from assay.systems.resolvent import resolvent_diagonal
+
+    def resolvent(a: Tensor, b: Tensor, c: Tensor, z: complex) -> Tensor:
+        return resolvent_diagonal(a, b, c, z, implementation=implementation)  # type: ignore[arg-type]
+
+    return resolvent
+
+
+def _oracle(case: Case) -> Operator:
+    """In complex128 where one precision above the case is asked for, else the same recurrence as it is."""
+    return Operator(_function("schur" if case.dtype == "fp64" else "loop"))
+
+
+def _check(case: Case, options: Options) -> None:
+    if not options["cuda_graph"]:
+        return
+    if not case.device.startswith("cuda"):
+        raise UsageError("cuda_graph=true needs a CUDA device", remedy="--device cuda, or cuda_graph=false")
+    if case.params["direction"] == "backward":
+        raise UsageError(
+            "cuda_graph=true captures a backward pass together with its forward",
+            expected="direction forward or both",
+            got="backward",
+        )
+
+
+def _claims(case: Case, options: Options) -> Sequence[Claim]:
+    """The registered operator ran, and inside it the implementation that was named.
+
+    Cyclic reduction takes a reciprocal a level and has no division, the recurrence divides twice a row; in
+    the backward pass alone they differ by their products. `schur` is `loop` on wider numbers: which of the
+    two it was, the error figures show.
+    """
+    n, backward = int(case.params.get("n", 1)), case.params["direction"] == "backward"
+    levels, log_depth = math.ceil(math.log2(n)), options["implementation"] == "pcr"
+    operator = "assay::resolvent_diagonal_backward" if backward else "assay::resolvent_diagonal"
+    found = [Claim(counter=f"ops.{operator}", comparison=">", value=0, why="the registered operator ran")]
+    why = f"implementation={options['implementation']} ran inside it"
+    if backward and n >= TELLING:
+        counter, comparison, value = "aten::mul", "<" if log_depth else ">=", n
+        found.append(Claim(counter=f"ops.{counter}", comparison=comparison, value=value, why=why))  # type: ignore[arg-type]
+    elif log_depth and not backward:
+        found.append(Claim(counter="ops.aten::reciprocal", comparison=">", value=levels, why=why))
+    elif not backward:
+        found.append(Claim(counter="ops.aten::div", comparison=">=", value=2 * (n - 1), why=why))
+    if options["compile"]:
+        found += [
+            Claim(counter="compiled_graphs", comparison=">", value=0, why="torch.compile made a graph"),
+            Claim(counter="graph_breaks", comparison="==", value=0, why="the whole call is in it"),
+        ]
+    if options["cuda_graph"]:
+        why = "the call was replayed as a CUDA graph"
+        found.append(Claim(counter="cuda_graph_replays", comparison=">", value=0, why=why, timed=True))
+    return found
+
+
+VARIANT = Variant(
+    summary="the resolvent's diagonal of tridiagonal matrices, by several implementations",
+    build=_build,
+    options={
+        "implementation": Option(default="pcr", help="how it is computed", choices=IMPLEMENTATIONS),
+        "compile": Option(default=False, help="torch.compile around it", choices=(True, False)),
+        "cuda_graph": Option(
+            default=False, help="the whole call, captured once and replayed", choices=(True, False)
+        ),
+    },
+    claims=_claims,
+    weights="none",
+    oracle=_oracle,
+    opaque=True,
+    workloads=("op",),
+    check=_check,
+    inputs="assay.variants.resolvent:make",
+)
