@@ -56,7 +56,14 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "data": ("contracts", "errors"),
     "workloads": ("contracts", "errors"),
     "variants": ("contracts", "errors", "systems"),
-    "suites": ("contracts", "errors", "measure.kpi", "measure.record", "measure.verdict", "report"),
+    "suites": (
+        *("contracts", "errors", "measure.kpi", "measure.record", "measure.stats", "measure.store"),
+        *(
+            "measure.verdict",
+            "report",
+            "systems",
+        ),  # what a system must move or hold at the least is its own to say
+    ),
     "suite": (*CORE, "session"),
     "wire": ("errors", "measure"),
     "channel": CORE,

@@ -425,18 +425,18 @@ def _verb(name: str, suite: Suite) -> Callable[..., int]:
             (key, Annotated[type(o.default), Parameter(help=o.help)], field(default=o.default))
             for key, o in suite.options.items()
         ],
+        namespace={"__module__": __name__},  # the default, `types`, is one whose fields cyclopts leaves alone
         frozen=True,
         kw_only=True,
     )
-    named: Any = Parameter(name="*")(options)
-    defaults = named()
+    defaults = options()
 
     def verb(*, options: Any = defaults, where: SuiteWhere = SuiteWhere()) -> int:
         from assay import show
 
         return show.execute_suite(name, vars(options), where.dir, device=where.device, resume=where.resume)
 
-    verb.__annotations__ = {"options": named, "where": SuiteWhere, "return": int}
+    verb.__annotations__ = {"options": Annotated[options, Parameter(name="*")], "where": SuiteWhere, "return": int}
     verb.__doc__ = f"{suite.summary[0].upper()}{suite.summary[1:]}."
     return verb
 

@@ -241,6 +241,7 @@ class Entry:
     arms: tuple[Arm, ...]  # the first is the baseline of the others; one arm is measured alone
     records: tuple[Record, ...] = ()
     reason: str = ""  # why there are none
+    lacking: bool = False  # this machine lacks what it needs: a skip, not a failure
 
 
 @dataclass(frozen=True, kw_only=True)

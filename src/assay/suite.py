@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from assay import session
 from assay.config import from_mapping, parse_arm
 from assay.contracts import Entry, Options, Suite, SuiteRun
-from assay.errors import AssayError, StoreError, UsageError, nearest
+from assay.errors import AssayError, StoreError, Unavailable, UsageError, nearest
 from assay.journal import now
 from assay.measure.kpi import KPIStatus, judge_kpis
 from assay.measure.record import Arm, Case, Record, Status, digest
@@ -154,7 +154,7 @@ def measure_entry(
     except StoreError:
         raise
     except AssayError as e:
-        return Entry(case=case, arms=arms, reason=str(e)), False
+        return Entry(case=case, arms=arms, reason=str(e), lacking=isinstance(e, Unavailable)), False
     return Entry(case=case, arms=arms, records=tuple(outcome.records)), outcome.interrupted
 
 

@@ -252,7 +252,7 @@ def _page(page: Page, shown: list[Figure]) -> list[Safe]:
 
 def _part(section: Section, shown: list[Figure]) -> Safe:
     said = [element("p", line, attributes={"class": "soft small"}) for line in section.said]
-    inside = [*said, table(section.headers, section.rows, section.numbers)]
+    inside = [*said, table(section.headers, section.rows, section.numbers) if section.rows else ""]
     if section.scaling and (drawn := scaling_rows(section.scaling)):
         scaling = section.scaling
         figure = Figure(
