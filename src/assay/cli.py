@@ -436,7 +436,11 @@ def _verb(name: str, suite: Suite) -> Callable[..., int]:
 
         return show.execute_suite(name, vars(options), where.dir, device=where.device, resume=where.resume)
 
-    verb.__annotations__ = {"options": Annotated[options, Parameter(name="*")], "where": SuiteWhere, "return": int}
+    verb.__annotations__ = {
+        "options": Annotated[options, Parameter(name="*")],
+        "where": SuiteWhere,
+        "return": int,
+    }
     verb.__doc__ = f"{suite.summary[0].upper()}{suite.summary[1:]}."
     return verb
 

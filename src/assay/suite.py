@@ -154,6 +154,7 @@ def measure_entry(
     except StoreError:
         raise
     except AssayError as e:
+        observer.note(str(e))
         return Entry(case=case, arms=arms, reason=str(e), lacking=isinstance(e, Unavailable)), False
     return Entry(case=case, arms=arms, records=tuple(outcome.records)), outcome.interrupted
 

@@ -112,10 +112,8 @@ class RichProgress:
         if arrived >= {record.baseline, record.other}:
             self._part = 0.0
             if not self._bar:
-                said = (
-                    self._ratio
-                    or f"{record.case.workload} · {record.baseline} / {record.other}: {record.status}"
-                )
+                arms = dict.fromkeys((record.baseline, record.other))
+                said = self._ratio or f"{record.case.workload} · {' / '.join(arms)}: {record.status}"
                 self._say(f"[{self._place()}] {said} · {self._left()} left")
             self._ratio = ""
             self._show("")

@@ -149,16 +149,19 @@ def scaling_rows(scaling: Scaling) -> Rows:
 
 
 def render_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Print the KPIs as a table."""
+    """Print the KPIs as a table, and below it what is to be said of them."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for header in FINDING_HEADERS:
-        table.add_column(
-            header, justify="right" if header in FINDING_NUMBERS else "left", no_wrap=header == "status"
-        )
+    for header in FINDING_HEADERS[:-1]:
+        table.add_column(header, justify="right" if header in FINDING_NUMBERS else "left", no_wrap=True)
+    notes: dict[str, list[str]] = {}
     for finding, cells in zip(findings, finding_cells(findings), strict=True):
-        *first, status, note = cells
-        table.add_row(*map(Text, first), Text(status, style=_STYLES[finding.status]), Text(note))
+        *first, status, _ = cells
+        table.add_row(*map(Text, first), Text(status, style=_STYLES[finding.status]))
+        if finding.reason:
+            notes.setdefault(finding.reason, []).append(finding.kpi.metric)
     console.print(table)
+    for note, metrics in notes.items():
+        console.print(Text(f"{', '.join(metrics)}: {note}"))
 
 
 def render_page(page: Page, files: Sequence[str]) -> str:

@@ -224,16 +224,7 @@ class Figures:
             "throughput": lambda: self.throughput(throughput),
             "throughput_h200": lambda: self._on_h200(throughput, 0, self.throughput(throughput)),
         }
-        return {
-            name: figure() if full_size else self._shrunk(name, figure()) for name, figure in found.items()
-        }
-
-    def _shrunk(self, name: str, found: Metric) -> Metric:
-        """A figure of the CPU's sizes decides no KPI; an arm that failed there is still an error."""
-        if found.value is None and (found.failed or name.startswith("bk_core")):
-            return found
-        shown = "" if found.value is None else f" (here {found.value:.3g})"
-        return Metric(reason=SHRUNK + shown)
+        return {name: figure() if full_size else _shrunk(figure()) for name, figure in found.items()}
 
     def _forward_us(self, step: Step) -> Metric:
         times = self.reading(step, step[1][1]).times()
@@ -257,6 +248,11 @@ def _pair(entry: Entry, arm: Arm) -> list[Record]:
     """The records of the arm's own pair: of the baseline, the one with the second arm."""
     other = entry.arms[1] if arm == entry.arms[0] and len(entry.arms) > 1 else arm
     return [r for r in entry.records if r.other == other.name]
+
+
+def _shrunk(found: Metric) -> Metric:
+    """A figure of the CPU's sizes decides no KPI; an arm that failed there is still an error."""
+    return found if found.failed else Metric(reason=SHRUNK)
 
 
 def _scaled(metric: Metric, factor: float) -> Metric:

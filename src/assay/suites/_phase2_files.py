@@ -125,7 +125,7 @@ def _kernel_scaling(run: SuiteRun, figures: Figures, sizes: Sizes) -> Json:
         "speedups": [f["speedup"] for f in found],
         "numerical_errors": [f["numerical_error"] for f in found],
         "timestamp": run.started,
-        **_first_reason(f.get("reason") for f in found),
+        **_all_reasons(reason for f in found for reason in f.get("reason", {}).values()),
     }
 
 
@@ -157,7 +157,7 @@ def _memory_scaling(run: SuiteRun, figures: Figures, sizes: Sizes) -> Json:
         "configs": [{"batch_size": b, "seq_len": n} for b, n in sizes.memory_scaling],
         "memory_gb": [None if m.value is None else m.value / 2**30 for m in found],
         "timestamp": run.started,
-        **_first_reason(m.reason for m in found if m.value is None),
+        **_all_reasons(m.reason for m in found if m.value is None),
     }
 
 
@@ -187,7 +187,7 @@ def _throughput_scaling(run: SuiteRun, figures: Figures, sizes: Sizes) -> Json:
         "batch_sizes": [batch for batch, _ in sizes.throughput_scaling],
         "throughputs": [m.value for m in found],
         "timestamp": run.started,
-        **_first_reason(m.reason for m in found if m.value is None),
+        **_all_reasons(m.reason for m in found if m.value is None),
     }
 
 
@@ -250,10 +250,10 @@ def _reasons(**figures: Metric | str) -> Json:
     return {"reason": reasons} if reasons else {}
 
 
-def _first_reason(reasons: Iterable[Any]) -> Json:
-    """The first of several steps' reasons, which mostly share one."""
-    first = next((reason for reason in reasons if reason), None)
-    return {"reason": first} if first else {}
+def _all_reasons(reasons: Iterable[str]) -> Json:
+    """Why some of several steps have no figure: the reasons, each once."""
+    found = dict.fromkeys(reason for reason in reasons if reason)
+    return {"reason": "; ".join(found)} if found else {}
 
 
 FILES: Mapping[str, Callable[[SuiteRun, Figures, Sizes], Json]] = {

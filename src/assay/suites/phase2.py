@@ -17,7 +17,7 @@ from assay.measure.record import Status
 from assay.suites import _phase2_files as files
 from assay.suites._phase2_figures import Figures
 
-__all__ = ["CASES", "KPI_CASES", "SUITE", "Phase2", "Sizes", "sizes", "steps"]
+__all__ = ["CASES", "KPI_CASES", "SUITE", "Phase2", "Sizes", "steps"]
 
 Step = tuple[Case, tuple[Arm, ...]]
 
@@ -142,23 +142,18 @@ CUDA = Sizes(
 # On the CPU everything ends within two minutes: the kernel runs through Triton's interpreter.
 CPU = Sizes(
     batch=2,
-    lengths=(16, 32, 64, 128),
-    small=32,
-    medium=64,
-    kpi=128,
-    memory={"small": ("small", 4, 32), "base": ("small", 2, 32), "kpi": ("small", 1, 128)},
-    memory_scaling=((1, 32), (1, 64), (1, 128), (2, 32), (4, 32), (8, 32)),
-    throughput={"small": ("small", 4, 32), "base": ("small", 1, 64), "kpi": ("small", 4, 32)},
-    throughput_scaling=((1, 32), (2, 32), (4, 32), (8, 32)),
+    lengths=(16, 32, 64),
+    small=16,
+    medium=32,
+    kpi=64,
+    memory={"small": ("small", 4, 16), "base": ("small", 2, 16), "kpi": ("small", 1, 32)},
+    memory_scaling=((1, 16), (1, 32), (2, 16), (4, 16)),
+    throughput={"small": ("small", 4, 16), "base": ("small", 2, 16), "kpi": ("small", 4, 16)},
+    throughput_scaling=((1, 16), (2, 16), (4, 16)),
     preset="small",
     dtype="fp32",
     training_dtype="fp32",
 )
-
-
-def sizes(options: Options) -> Sizes:
-    """Those of the device."""
-    return CUDA if str(options["device"]).startswith("cuda") else CPU
 
 
 def arm(target: str, options: Mapping[str, Scalar], env: Mapping[str, str]) -> Arm:
@@ -179,15 +174,14 @@ PLAIN = arm("phase2", {"compile": False}, {})
 BEST = arm("phase2", {}, {})
 
 
-def steps(options: Options) -> dict[str, tuple[Step, ...]]:
+def steps(s: Sizes, device: str) -> dict[str, tuple[Step, ...]]:
     """What every case of the suite measures: each step once, also where cases share it.
 
     The kernel is always held against the vectorised PCR, which the clock captures in a CUDA graph like the
     kernel itself. On CUDA the KPI's case also has the serial kernel and the Python loop beside it, for the
     record: no KPI reads those.
     """
-    s, device = sizes(options), str(options["device"])
-    cuda = s is CUDA
+    cuda = device.startswith("cuda")
     pair = (implementation("pcr"), implementation("triton", interpreted=not cuda))
     fastest = BEST if cuda else PLAIN  # compiling on a CPU would take longer than everything else
 
@@ -239,22 +233,26 @@ def wanted(options: Options) -> tuple[str, ...]:
     return names
 
 
+@dataclass(frozen=True, kw_only=True)
 class Phase2:
-    """The suite: see CASES and KPIS."""
+    """The suite: see CASES and KPIS. `cpu` are its sizes without a GPU."""
+
+    cpu: Sizes = CPU
+    isolation: str = "process"  # of the model's cases on the CPU; inline is quicker, for tests
 
     summary = "resolvent kernel and phase-2 model: speed, error, memory, throughput and scaling, with KPIs"
     folder = "results/benchmarks"
-    options: Mapping[str, Option] = {
+    options = {
         "case": Option(default="all", help=f"cases, separated by commas: {', '.join(CASES)}"),
         "kpi": Option(default=False, help="only the cases that decide a KPI", choices=(False, True)),
         "launches": Option(default=3, help="fresh pairs of processes for a KPI's case on CUDA", minimum=2),
         "time_budget": Option(default=10, help="seconds of sampling for each pair on CUDA", minimum=1),
     }
-    kpis: Sequence[KPI] = KPIS
+    kpis = KPIS
 
     def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]], Sequence[Record], None]:
         """Every step of the cases asked for. Where the kernel is unavailable, PCR is measured without it."""
-        every = steps(options)
+        every = self._steps(options)
         for name in wanted(options):
             for case, arms in every[name]:
                 records = yield case, arms
@@ -263,21 +261,35 @@ class Phase2:
 
     def settings(self, case: Case, options: Options) -> Mapping[str, Any]:
         """Several launches for what a KPI rests on; on the CPU as little as shows that everything runs."""
-        if not str(options["device"]).startswith("cuda"):
-            return {"launches": 1, "warmup_steps": 1, "benchmark_steps": 5}
-        rests = {step[0] for name in KPI_CASES for step in steps(options)[name]}
+        if not _on_cuda(options):
+            isolation = "process" if case.workload == "op" else self.isolation
+            return {"launches": 1, "warmup_steps": 0, "benchmark_steps": 3, "isolation": isolation}
+        rests = {step[0] for name in KPI_CASES for step in self._steps(options)[name]}
         launches = int(options["launches"]) if case in rests else 1
         return {"launches": launches, "time_budget_s": float(options["time_budget"]), "rel_ci": 0.002}
 
     def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]:
         """Every KPI's figure: of the sizes that it speaks of, or None and the reason."""
-        return Figures(entries, options, steps(options), wanted(options)).metrics(sizes(options) is CUDA)
+        return self.figures(entries, options).metrics(_on_cuda(options))
 
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
         """The seven JSON files and the report, Markdown and HTML: docs/phase2-suite.md."""
-        every = steps(run.options)
-        figures = Figures(run.entries, run.options, every, wanted(run.options))
-        return files.write(run, figures, folder, sizes(run.options), CASES)
+        figures = self.figures(run.entries, run.options)
+        return files.write(run, figures, folder, self._sizes(run.options), CASES)
+
+    def figures(self, entries: Sequence[Entry], options: Options) -> Figures:
+        """What the entries of a run say."""
+        return Figures(entries, options, self._steps(options), wanted(options))
+
+    def _sizes(self, options: Options) -> Sizes:
+        return CUDA if _on_cuda(options) else self.cpu
+
+    def _steps(self, options: Options) -> dict[str, tuple[Step, ...]]:
+        return steps(self._sizes(options), str(options["device"]))
+
+
+def _on_cuda(options: Options) -> bool:
+    return str(options["device"]).startswith("cuda")
 
 
 SUITE = Phase2()
