@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from assay.contracts import KPI, Arm, Case, Entry, Metric, Option, Options, Record, Scalar, SuiteRun
 from assay.errors import UsageError, nearest
@@ -242,7 +242,7 @@ class Phase2:
 
     summary = "resolvent kernel and phase-2 model: speed, error, memory, throughput and scaling, with KPIs"
     folder = "results/benchmarks"
-    options = {
+    options: ClassVar[Mapping[str, Option]] = {
         "case": Option(default="all", help=f"cases, separated by commas: {', '.join(CASES)}"),
         "kpi": Option(default=False, help="only the cases that decide a KPI", choices=(False, True)),
         "launches": Option(default=3, help="fresh pairs of processes for a KPI's case on CUDA", minimum=2),

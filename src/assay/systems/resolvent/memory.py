@@ -6,7 +6,8 @@ Unrolled, y_t = eta sum_{s<=t} exp(g_{s+1} + ... + g_t) (k_s . q_t) v_s + exp(g_
 g = -min(Gamma dt, 10): linear attention with a scalar decay. `remember` cuts it into chunks of C positions.
 Inside a chunk it is the product of C x C masked scores with the values; what a chunk adds to W is one
 K x V product; and what W is where each chunk begins is one product of the chunks' additions with the decays
-between them. So there is no loop, and everything but those decays runs on matrix units.
+between them. So there is no loop, and everything but those decays runs on matrix units. On CUDA a forward
+without gradients is one kernel instead, memory_kernel.py.
 
 Every decay is the exponential of a difference of sums of g, taken before the exponential and never positive:
 nothing is divided by a decay that underflowed. The sums run in float32 inside a chunk, whose decays end at
@@ -26,6 +27,8 @@ Shapes: B batch, H heads, T positions, K = V head size, N chunks of C positions.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
@@ -37,6 +40,7 @@ __all__ = ["LEAST_RATE", "MOST_FORGOTTEN", "HebbianMemory", "remember", "resonat
 
 LEAST_RATE = 1e-3  # Gamma = softplus(.) + this: there is always some dissipation
 MOST_FORGOTTEN = 10.0  # of Gamma dt in one step
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class HebbianMemory(nn.Module):
@@ -53,17 +57,37 @@ class HebbianMemory(nn.Module):
 
     def forward(self, x_BTD: Tensor, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         """What each position reads, (B, T, D), and the state after the last, in at least float32."""
-        B, T, _ = x_BTD.shape
-        q, k, v, rate = self.qkv_rate(x_BTD).split(self._widths, dim=-1)
-        q_BHTK, k_BHTK, v_BHTV = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))
-        gamma_BHT = F.softplus(at_least_float32(rate)).transpose(1, 2) + LEAST_RATE
-        g_BHT = -(gamma_BHT * self.dt).clamp_max(MOST_FORGOTTEN)
         if state_BHKV is not None and self.tau:
             state_BHKV = snr_filter(state_BHKV, self.tau)
         if state_BHKV is not None and self.rho:
             state_BHKV = resonate(state_BHKV, self.rho)
+        projected_BTE = self.qkv_rate(x_BTD)
+        read = self._kernel if self._has_kernel(projected_BTE) else self._chunked
+        y_BTM, state_BHKV = read(projected_BTE, state_BHKV)
+        return self.out(y_BTM), state_BHKV
+
+    def _has_kernel(self, projected_BTE: Tensor) -> bool:
+        """On CUDA without gradients, for head sizes that a kernel's products take."""
+        head = self._widths[0] // self.heads
+        fits = projected_BTE.dtype != torch.float64 and head >= 16 and head & (head - 1) == 0
+        return fits and projected_BTE.is_cuda and not torch.is_grad_enabled() and _TRITON
+
+    def _kernel(self, projected_BTE: Tensor, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
+        from assay.systems.resolvent.memory_kernel import remember_kernel
+
+        found: tuple[Tensor, Tensor] = remember_kernel(
+            projected_BTE, state_BHKV, self.heads, self.eta, self.dt, LEAST_RATE, MOST_FORGOTTEN
+        )
+        return found
+
+    def _chunked(self, projected_BTE: Tensor, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
+        B, T, _ = projected_BTE.shape
+        q, k, v, rate = projected_BTE.split(self._widths, dim=-1)
+        q_BHTK, k_BHTK, v_BHTV = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))
+        gamma_BHT = F.softplus(at_least_float32(rate)).transpose(1, 2) + LEAST_RATE
+        g_BHT = -(gamma_BHT * self.dt).clamp_max(MOST_FORGOTTEN)
         y_BHTV, state_BHKV = remember(q_BHTK, k_BHTK, v_BHTV, g_BHT, state_BHKV, self.eta, self.chunk)
-        return self.out(y_BHTV.transpose(1, 2).reshape(B, T, -1)), state_BHKV
+        return y_BHTV.transpose(1, 2).reshape(B, T, -1), state_BHKV
 
 
 def remember(

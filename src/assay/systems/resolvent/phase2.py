@@ -69,7 +69,9 @@ class Phase2Model(nn.Module):
         super().__init__()
         self.config = config
         self.token = nn.Embedding(config.vocab_size, config.d_model)
-        self.position = nn.Parameter(waves(0, config.n_seq, config.d_model), requires_grad=False)
+        self.position = nn.Parameter(
+            waves(0, config.n_seq, config.d_model).to(torch.get_default_dtype()), requires_grad=False
+        )
         self.blocks = nn.ModuleList(Block(config, implementation) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -106,8 +108,10 @@ class Phase2Model(nn.Module):
         """Embeddings of positions from `start` on, (count, D): stored ones, or computed beyond them."""
         if start + count <= self.config.n_seq:
             return self.position[start : start + count]
-        made = waves(start, count, self.config.d_model, self.position.device)
-        return made.to(self.position.dtype)
+        stored = self.position[start:]
+        more = count - stored.shape[0]
+        made = waves(start + count - more, more, self.config.d_model, stored.device)
+        return torch.cat((stored, made.to(stored.dtype)))
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         x_BTD, weight_VD = _as_autocast(x_BTD, self.head.weight)
@@ -198,12 +202,12 @@ def initialise(model: Phase2Model, generator: torch.Generator | None) -> None:
 
 
 def waves(start: int, count: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Fixed embeddings of positions, (count, width), float32: sines and cosines of geometric wave lengths.
+    """Fixed embeddings of positions, (count, width), float64: sines and cosines of geometric wave lengths.
 
     Column 2 i is sin(p / 10000^(2 i / width)), column 2 i + 1 its cosine.
     """
-    positions = torch.arange(start, start + count, device=device, dtype=torch.float32)
-    columns = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+    positions = torch.arange(start, start + count, device=device, dtype=torch.float64)
+    columns = torch.arange(0, width, 2, device=device, dtype=torch.float64)
     turns = positions[:, None] * torch.exp(columns * (-math.log(10000.0) / width))
     return torch.stack((turns.sin(), turns.cos()), -1).flatten(1)[:, :width]
 

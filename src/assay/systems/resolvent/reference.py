@@ -1,9 +1,9 @@
 """The phase-2 model's oracle: everything written out the plain way, apart from the model's own files.
 
-The mixer is the Schur recursion, row by row in complex128, its gradient that of autograd through every
-quotient; the memory is its recurrence, a position after the other. Nothing is chunked, merged or fused, and
-no formula is shared with what it judges. In float64 it is the truth; at a case's own precision the yardstick
-of rounding error, with a float32 mixer and state where the rest is 16 bits wide.
+The mixer is the Schur recursion, a row after the other, its gradient that of autograd through every quotient;
+the memory is its recurrence, a position after the other. Nothing is chunked, merged or fused, and no formula
+is shared with what it judges. In float64 it is the truth; at a case's own precision the yardstick of rounding
+error, with a float32 mixer and state where the rest is 16 bits wide.
 
 Shapes: B batch, T positions, D width, H heads, K = V head size.
 """
@@ -79,13 +79,13 @@ def _mixer(state: State, config: Phase2Config, name: str, x_BTD: Tensor) -> Tens
         learned, gaps = wide[f"{name}.coupling"], x_BTD.shape[1] - 1
         h = torch.stack([learned[i % learned.shape[0]] for i in range(gaps)]) if gaps else learned[:0]
         al_BT = torch.complex(v_BT - config.z_real, -gamma_BT - config.z_imag)
-        G_BT = schur_diagonal(al_BT, h * h).to(al_BT.dtype)
+        G_BT = schur_diagonal(al_BT, h * h)
         return _linear(wide, f"{name}.out", torch.stack((G_BT.real, G_BT.imag), -1))
 
 
 def schur_diagonal(al_BT: Tensor, k: Tensor) -> Tensor:
-    """1 / (al_i - k_{i-1} / d_{i-1} - k_i / e_{i+1}) with the pivots d and e, (B, T) complex128."""
-    rows, links = al_BT.to(torch.complex128).unbind(1), k.double().unbind(0)
+    """1 / (al_i - k_{i-1} / d_{i-1} - k_i / e_{i+1}) with the pivots d and e, (B, T) as al is."""
+    rows, links = al_BT.unbind(1), k.unbind(0)
     d, e = [rows[0]], [rows[-1]]
     for i in range(1, len(rows)):
         d.append(rows[i] - links[i - 1] / d[-1])

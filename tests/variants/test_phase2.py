@@ -1,0 +1,130 @@
+"""The variant `phase2` in the bench: checks, claims, and sessions through the gate."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from assay.config import RunConfig
+from assay.contracts import Case, Options
+from assay.errors import UsageError
+from assay.measure.record import Record, Status
+from assay.plugins import find
+from assay.systems.resolvent import IMPLEMENTATIONS
+from assay.systems.resolvent.mixer import ResolventMixer
+from tests.sessions import measured
+
+PHASE2 = find("variants", "phase2")
+SIZES: Mapping[str, Any] = {"shape": ["small"], "batch_size": [2], "seq_length": [12]}
+COMPILER = [
+    "ignore:.*script_method.*:DeprecationWarning",  # torch's own, when it compiles
+    "ignore:Torchinductor does not support code generation for complex",
+    "ignore:TensorFloat32:UserWarning",  # full float32 is what we asked for
+    "ignore:The CUDA Graph is empty:UserWarning",  # torch primes its own pool
+    "ignore:Attempting to run cuBLAS:UserWarning",  # the first call of a process
+]
+
+
+def case(workload: str = "infer", shape: str = "small", device: str = "cpu") -> Case:
+    return Case(workload=workload, params={"shape": shape, "batch_size": 2, "seq_length": 12}, device=device)
+
+
+def session(*arms: str, workload: str = "infer", dtype: str = "fp32", device: str = "cpu") -> list[Record]:
+    config = RunConfig(
+        arms=list(arms),
+        workload=[workload],
+        params=dict(SIZES),
+        dtype=[dtype],
+        device=device,
+        launches=1,
+        warmup_steps=1,
+        benchmark_steps=2,
+        isolation="inline",
+    )
+    return measured(config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "options", "line"),
+    [
+        ("seed", "cpu", {}, "'seed' is no preset of the phase-2 model; expected --shape small, base, large"),
+        ("bas", "cpu", {}, "did you mean 'base'"),
+        ("small", "cpu", {"cuda_graph": True}, "needs a CUDA device"),
+        ("small", "cuda", {"cuda_graph": True, "compile": False}, "needs compile=true"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_process(
+    shape: str, device: str, options: Options, line: str
+) -> None:
+    assert PHASE2.check is not None
+    with pytest.raises(UsageError, match=line):
+        PHASE2.check(case(shape=shape, device=device), options)
+
+
+def test_checking_imports_no_torch() -> None:
+    code = (
+        "import sys; from assay.plugins import find; from assay.contracts import Case\n"
+        "find('variants', 'phase2').check(Case(workload='infer', params={'shape': 'base'}), {})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_implementations_are_those_of_the_operator() -> None:
+    assert set(PHASE2.options["implementation"].choices) == {"auto", *IMPLEMENTATIONS}
+
+
+def test_claims_follow_the_options() -> None:
+    def counters(device: str, options: Options) -> set[str]:
+        return {c.counter for c in PHASE2.claims(case(device=device), options)}
+
+    operator, compiled = "ops.assay::resolvent_diagonal", {"compiled_graphs", "graph_breaks"}
+    assert counters("cpu", {"compile": False}) == {operator}
+    assert counters("cpu", {}) == {*compiled, operator}
+    assert counters("cuda", {}) == {*compiled, "ops.cudaGraphLaunch"}
+    assert counters("cuda", {"cuda_graph": False}) == {*compiled, operator}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("workload", ["infer"])
+def test_a_session_passes_the_gate_and_says_that_nothing_is_causal(workload: str, dtype: str) -> None:
+    arms = ("phase2[compile=false]", "phase2[compile=false,implementation=loop]")
+    records = session(*arms, workload=workload, dtype=dtype)
+    assert [(r.status, r.reason) for r in records] == [(Status.OK, "")] * 2
+    assert all(r.gate is not None and r.gate.passed for r in records)
+    assert records[0].gate is not None
+    assert [s.partition(",")[0] for s in records[0].gate.skipped] == [
+        "causality: the baseline itself does not pass it"
+    ]
+    assert records[0].model["parameters"] == 29_035_540
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*COMPILER)
+def test_compiled_passes_the_gate() -> None:
+    records = session("phase2[compile=false]", "phase2")
+    assert [(r.status, r.reason) for r in records] == [(Status.OK, "")] * 2
+
+
+def test_a_mixer_that_is_a_little_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One coupling too late: the arm is refused in float32, while the oracle is untouched."""
+    right = ResolventMixer.couplings
+    monkeypatch.setattr(ResolventMixer, "couplings", lambda self, n: right(self, n).roll(1))
+    records = session("phase2[compile=false]", "phase2[compile=false]")
+    assert {r.status for r in records} == {Status.GATE_FAILED}
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings(*COMPILER)
+@pytest.mark.parametrize(
+    ("workload", "dtype"), [("infer", "fp16"), ("infer", "fp32"), ("train", "bf16-autocast")]
+)
+def test_graphs_on_a_gpu_pass_gate_and_proof(workload: str, dtype: str) -> None:
+    records = session("phase2[compile=false]", "phase2", workload=workload, dtype=dtype, device="cuda")
+    assert [(r.status, r.reason) for r in records] == [(Status.OK, "")] * 2
+    assert torch.cuda.is_available()
