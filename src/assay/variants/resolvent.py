@@ -92,7 +92,7 @@ def _rounded(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check(case: Case, options: Options) -> None:
-    if not options["cuda_graph"]:
+    if not options.get("cuda_graph"):
         return
     if not case.device.startswith("cuda"):
         raise UsageError("cuda_graph=true needs a CUDA device", remedy="--device cuda, or cuda_graph=false")
