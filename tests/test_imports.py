@@ -55,6 +55,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "gate": ("contracts", "errors", "measure.record"),
     "data": ("contracts", "errors"),
     "workloads": ("contracts", "errors"),
+    "workloads.op": ("contracts", "errors", "plugins"),  # the maker of arguments is named by its place
     "variants": ("contracts", "errors", "systems"),
     "suites": (
         *("contracts", "errors", "measure.kpi", "measure.record", "measure.stats", "measure.store"),

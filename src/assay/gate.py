@@ -85,7 +85,7 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
     if not _is_real_or_complex(out):
         return _compare_integers(out, ref, fault)
     target = _double(ref)
-    delta = (_double(out) - target).masked_fill(out == ref, 0.0)  # equal infinities do not differ
+    delta = (_double(out) - target).masked_fill(_same(out, ref), 0.0)  # equal infinities do not differ
     target = target.masked_fill(~target.isfinite(), 0.0)  # nor do they widen the scale of the others
     if scale is not None:
         error, where = float(delta.norm()) / max(float(target.norm()), scale, 1e-300), ""
@@ -96,6 +96,10 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
         error = float(errors.max()) if errors.numel() else 0.0
         where = _place(errors, error, tuple(delta.shape))
     return Departure(math.inf if math.isnan(error) else error, where, fault)
+
+
+def _same(out: Tensor, ref: Tensor) -> Tensor:
+    return (out == ref) | (out.isnan() & ref.isnan())
 
 
 def _is_real_or_complex(t: Tensor) -> bool:
@@ -228,7 +232,7 @@ def _spread(out: Tensor, ref: Tensor) -> Spread | None:
     if out.shape != ref.shape or out.numel() == 0 or not _is_real_or_complex(out):
         return None
     target = _double(ref)
-    off = (_double(out) - target).abs()
+    off = (_double(out) - target).abs().masked_fill(_same(out, ref), 0.0)
     size = target.abs()
     mse, scale = float(off.square().mean()), float(size.square().mean())
     relative = off[size > 0] / size[size > 0]
@@ -430,7 +434,13 @@ OPAQUE_ROUNDING = 8.0  # units of rounding: another order of summation inside an
 
 
 def opaque_rounding(output: Tensor) -> float:
-    """The rounding that any function's result may carry, relative: 8 units of the output's own dtype."""
+    """The rounding that any function's result may carry, relative: 8 units of the output's own dtype.
+
+    Of 16-bit results one: their sums are kept in float32, and another order of them does not show.
+    """
     import torch
 
-    return OPAQUE_ROUNDING * torch.finfo(output.dtype).eps if _is_real_or_complex(output) else 0.0
+    if not _is_real_or_complex(output):
+        return 0.0
+    unit = torch.finfo(output.dtype).eps
+    return unit if unit > ROUNDING["fp16"] else OPAQUE_ROUNDING * unit
