@@ -116,7 +116,7 @@ def test_refusal_that_the_python_page_shows_is_the_one_printed(workplace: Path) 
 def test_operators_of_the_page_are_judged_as_it_says(workplace: Path) -> None:
     page = PAGES["docs/op.md"]
     good, _, wrong = blocks(page, "sh")[0].splitlines()
-    quick = "--launches 1 --benchmark-steps 4 --warmup-steps 1 --isolation inline --device cpu".split()
+    quick = shlex.split("--launches 1 --benchmark-steps 4 --warmup-steps 1 --isolation inline --device cpu")
     for command, code in ((good, 0), (wrong, 2)):
         done = subprocess.run(
             [sys.executable, "-m", "assay", *shlex.split(command)[1:], *quick, "--dir", f"op-{code}"],
@@ -184,8 +184,8 @@ def test_planned_command_is_unknown_so_far(command: str) -> None:
 
 STRUCTS = [
     record.Record, record.Case, record.Arm, record.Attribution, record.Work, record.Summary, record.Memory,
-    record.PhaseMemory, record.Cold, record.GateReport, record.Figure, record.Spread, record.Environment, record.Method,
-    record.SampleLine,
+    record.PhaseMemory, record.Cold, record.GateReport, record.Figure, record.Spread, record.Environment,
+    record.Method, record.SampleLine,
 ]  # fmt: skip
 
 
