@@ -46,7 +46,7 @@ SMALL = replace(
     throughput={"small": ("small", 2, 8), "base": ("small", 2, 8), "kpi": ("small", 1, 8)},
     throughput_scaling=((1, 8), (2, 8)),
 )
-SUITE = phase2.SUITE if CUDA else phase2.Phase2(cpu=SMALL, isolation="inline")
+SUITE = phase2.SUITE if CUDA else phase2.Phase2(cpu=SMALL, inline=True)
 
 pytestmark = pytest.mark.slow
 
@@ -117,9 +117,10 @@ class TestBKCoreTritonBenchmark:
         """
         one = replace(phase2.CUDA if CUDA else SMALL, batch=batch_size, kpi=seq_len)
         device = "cuda" if CUDA else "cpu"
-        every = phase2.steps(one, device)
+        every = phase2.steps(one, device, inline=not CUDA)
         case, arms = every["bk-core-kpi"][0]
-        settings = {"launches": 1, "benchmark_steps": num_runs, "warmup_steps": warmup_runs}
+        settings: dict[str, Any] = {"launches": 1, "benchmark_steps": num_runs, "warmup_steps": warmup_runs}
+        settings |= {} if CUDA else {"isolation": "inline"}
         entry, _ = suite.measure_entry(case, arms[:2], settings, None, NullObserver())
         every["bk-core-kpi"] = ((case, arms[:2]),)
         figures = Figures([entry], {"launches": 1, "device": device}, every, ["bk-core-kpi"])

@@ -17,7 +17,7 @@ from assay.measure.verdict import Comparison, compare_records
 from assay.systems.resolvent.cost import least_memory
 from assay.systems.resolvent.shapes import PRESETS
 
-__all__ = ["MIB", "Figures", "Reading", "Times"]
+__all__ = ["MIB", "Figures", "Reading", "Times", "interpreted", "tokens"]
 
 Step = tuple[Case, tuple[Arm, ...]]
 
@@ -149,7 +149,7 @@ class Figures:
         reading = self.reading(step, kernel)
         if reading.reason:
             return reading.nothing()
-        if kernel.env.get("TRITON_INTERPRET"):
+        if interpreted(step[0], kernel):
             return Metric(reason=INTERPRETED)
         found = self.comparison(step, kernel)
         if found is None or found.interval is None:
@@ -237,6 +237,11 @@ class Figures:
         seen = {r.environment.device for r in self.reading(step, step[1][place]).measured if r.environment}
         other = [device for device in seen if H200 not in device]
         return Metric(reason=f"a target for an H200; this is {other[0] or 'a CPU'}") if other else found
+
+
+def interpreted(case: Case, arm: Arm) -> bool:
+    """Whether the arm is a Triton kernel that ran on the CPU: right, and no matter how slow."""
+    return not case.device.startswith("cuda") and arm.options.get("implementation") in ("triton", "serial")
 
 
 def tokens(step: Step) -> int:

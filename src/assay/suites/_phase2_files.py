@@ -17,7 +17,7 @@ from assay.contracts import Arm, Case, Finding, Metric, SuiteRun
 from assay.measure.kpi import overall
 from assay.measure.record import Record
 from assay.measure.store import write_atomically
-from assay.suites._phase2_figures import INTERPRETED, MIB, Figures, Reading, tokens
+from assay.suites._phase2_figures import INTERPRETED, MIB, Figures, Reading, interpreted, tokens
 
 if TYPE_CHECKING:
     from assay.report.suite import Page, Scaling, Section
@@ -71,14 +71,14 @@ def _drawn(page: Page, figures: Figures) -> bytes:
 def kernel_figures(figures: Figures, step: Step) -> Json:
     """PCR and the kernel in one step: times of both, speedup, error; what is null has its reason."""
     base, kernel = step[1][:2]
-    interpreted = bool(kernel.env.get("TRITON_INTERPRET"))
+    emulated = interpreted(step[0], kernel)
     pcr, triton = figures.reading(step, base), figures.reading(step, kernel)
     speedup, error = figures.speedup(step), figures.error(step, "mse")
     ran = bool(triton.measured)
-    times = _times(Reading(reason=INTERPRETED) if interpreted and ran else triton)
+    times = _times(Reading(reason=INTERPRETED) if emulated and ran else triton)
     return {
         "pytorch": _times(pcr),
-        "triton": {"available": ran and not interpreted, **times},
+        "triton": {"available": ran and not emulated, **times},
         "speedup": speedup.value,
         "numerical_error": error.value,
         **_reasons(pytorch=pcr.reason, speedup=speedup, numerical_error=error),
@@ -311,7 +311,7 @@ def _kernel_rows(figures: Figures, step: Step) -> Iterable[tuple[str, ...]]:
     for place, arm in enumerate(step[1]):
         reading, compared = figures.reading(step, arm), figures.comparison(step, arm)
         times, spreads = reading.times(), reading.spreads()
-        i = compared.interval if compared and not arm.env else None
+        i = compared.interval if compared and not interpreted(step[0], arm) else None
         yield (
             _kernel_case(step[0]),
             arm.name,
@@ -381,7 +381,7 @@ def _scaling_kernel(figures: Figures) -> Scaling:
     for step in figures.every["bk-core-scaling"]:
         for arm in step[1][:2]:
             times = figures.reading(step, arm).times()
-            if times and not arm.env:
+            if times and not interpreted(step[0], arm):
                 points.setdefault(arm.name, []).append((float(step[0].params["n"]), times.median_ms * 1e-3))
     return Scaling(
         kind="scaling-time",

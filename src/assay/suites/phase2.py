@@ -141,7 +141,7 @@ CUDA = Sizes(
 )
 # On the CPU everything ends within two minutes: the kernel runs through Triton's interpreter.
 CPU = Sizes(
-    batch=2,
+    batch=1,
     lengths=(16, 32, 64),
     small=16,
     medium=32,
@@ -165,24 +165,25 @@ def arm(target: str, options: Mapping[str, Scalar], env: Mapping[str, str]) -> A
     )
 
 
-def implementation(name: str, *, interpreted: bool = False) -> Arm:
+def implementation(name: str, env: Mapping[str, str] | None = None) -> Arm:
     """The resolvent's diagonal by one implementation."""
-    return arm("resolvent", {"implementation": name}, {"TRITON_INTERPRET": "1"} if interpreted else {})
+    return arm("resolvent", {"implementation": name}, env or {})
 
 
 PLAIN = arm("phase2", {"compile": False}, {})
 BEST = arm("phase2", {}, {})
 
 
-def steps(s: Sizes, device: str) -> dict[str, tuple[Step, ...]]:
+def steps(s: Sizes, device: str, *, inline: bool = False) -> dict[str, tuple[Step, ...]]:
     """What every case of the suite measures: each step once, also where cases share it.
 
     The kernel is always held against the vectorised PCR, which the clock captures in a CUDA graph like the
     kernel itself. On CUDA the KPI's case also has the serial kernel and the Python loop beside it, for the
-    record: no KPI reads those.
+    record: no KPI reads those. `inline` arms take Triton's interpreter from this process's environment.
     """
     cuda = device.startswith("cuda")
-    pair = (implementation("pcr"), implementation("triton", interpreted=not cuda))
+    env = {} if cuda or inline else {"TRITON_INTERPRET": "1"}
+    pair = (implementation("pcr"), implementation("triton", env))
     fastest = BEST if cuda else PLAIN  # compiling on a CPU would take longer than everything else
 
     def kernel(n: int, direction: str = "forward", data: str = "nonnegative") -> Step:
@@ -238,7 +239,7 @@ class Phase2:
     """The suite: see CASES and KPIS. `cpu` are its sizes without a GPU."""
 
     cpu: Sizes = CPU
-    isolation: str = "process"  # of the model's cases on the CPU; inline is quicker, for tests
+    inline: bool = False  # measure in this process on the CPU: quicker, for tests
 
     summary = "resolvent kernel and phase-2 model: speed, error, memory, throughput and scaling, with KPIs"
     folder = "results/benchmarks"
@@ -262,8 +263,8 @@ class Phase2:
     def settings(self, case: Case, options: Options) -> Mapping[str, Any]:
         """Several launches for what a KPI rests on; on the CPU as little as shows that everything runs."""
         if not _on_cuda(options):
-            isolation = "process" if case.workload == "op" else self.isolation
-            return {"launches": 1, "warmup_steps": 0, "benchmark_steps": 3, "isolation": isolation}
+            isolation = "inline" if self.inline or case.workload == "train" else "process"
+            return {"launches": 1, "warmup_steps": 0, "benchmark_steps": 2, "isolation": isolation}
         rests = {step[0] for name in KPI_CASES for step in self._steps(options)[name]}
         launches = int(options["launches"]) if case in rests else 1
         return {"launches": launches, "time_budget_s": float(options["time_budget"]), "rel_ci": 0.002}
@@ -285,7 +286,7 @@ class Phase2:
         return CUDA if _on_cuda(options) else self.cpu
 
     def _steps(self, options: Options) -> dict[str, tuple[Step, ...]]:
-        return steps(self._sizes(options), str(options["device"]))
+        return steps(self._sizes(options), str(options["device"]), inline=self.inline)
 
 
 def _on_cuda(options: Options) -> bool:
