@@ -24,7 +24,9 @@ OPTIONS = {
         choices=(AUTO, False, True),
     ),
     "implementation": Option(
-        default=AUTO, help="of the mixer's resolvent_diagonal", choices=(AUTO, "pcr", "loop", "schur")
+        default=AUTO,
+        help="of the mixer's resolvent_diagonal",
+        choices=(AUTO, "pcr", "loop", "schur", "triton", "serial"),
     ),
 }
 
@@ -88,10 +90,11 @@ def claims(case: Case, options: Options) -> Sequence[Claim]:
         found += [Claim(counter="ops.cudaGraphLaunch", comparison=">", value=0, why=why)]
     elif given["compile_mode"] == "default" or not given["compile"]:
         layers = PRESETS[str(case.params["shape"])].n_layers
+        kernel = given["implementation"] in ("triton", "serial")
+        kernel |= given["implementation"] == AUTO and case.device.startswith("cuda") and case.dtype != "fp64"
+        counter = "ops.assay::resolvent_diagonal" + ("_triton" if kernel else "")
         why = "each block's mixer computes a resolvent's diagonal"
-        found += [
-            Claim(counter="ops.assay::resolvent_diagonal", comparison=">=", value=layers, why=why),
-        ]
+        found += [Claim(counter=counter, comparison=">=", value=layers, why=why)]
     return found
 
 

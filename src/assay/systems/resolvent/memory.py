@@ -82,7 +82,7 @@ class HebbianMemory(nn.Module):
 
     def _chunked(self, projected_BTE: Tensor, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         B, T, _ = projected_BTE.shape
-        q, k, v, rate = projected_BTE.split(self._widths, dim=-1)
+        q, k, v, rate = torch.split(projected_BTE, self._widths, dim=-1)
         q_BHTK, k_BHTK, v_BHTV = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))
         gamma_BHT = F.softplus(at_least_float32(rate)).transpose(1, 2) + LEAST_RATE
         g_BHT = -(gamma_BHT * self.dt).clamp_max(MOST_FORGOTTEN)

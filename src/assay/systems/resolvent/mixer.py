@@ -30,18 +30,15 @@ __all__ = ["LEAST_GAMMA", "ResolventMixer"]
 LEAST_GAMMA = 1e-3
 
 
-def chosen(implementation: str) -> Implementation:
-    """The implementation of that name; `auto` is the default. Raises UsageError with the nearest name."""
-    if implementation == "auto":
-        return IMPLEMENTATIONS[0]
+def known(implementation: str) -> Implementation:
+    """The implementation of that name. Raises UsageError with the nearest name."""
     for name in IMPLEMENTATIONS:
         if name == implementation:
             return name
-    known = ("auto", *IMPLEMENTATIONS)
     raise UsageError(
         f"no implementation '{implementation}'",
-        expected=f"one of {', '.join(known)}",
-        remedy=nearest(implementation, known),
+        expected=f"one of {', '.join(IMPLEMENTATIONS)}",
+        remedy=nearest(implementation, IMPLEMENTATIONS),
     )
 
 
@@ -51,7 +48,7 @@ class ResolventMixer(nn.Module):
     def __init__(self, config: Phase2Config, implementation: str) -> None:
         super().__init__()
         self.z = complex(config.z_real, config.z_imag)
-        self.implementation = chosen(implementation)
+        self.implementation = known(implementation)
         self.potential = nn.Linear(config.d_model, 2)  # v, and Gamma before its softplus
         self.coupling = nn.Parameter(torch.ones(config.n_seq - 1))
         self.out = nn.Linear(2, config.d_model)

@@ -9,7 +9,7 @@ Token and position embeddings, blocks that are pre-norm and residual throughout,
     x = x + mixer(norm(x));  x = x + memory(norm(x));  x = x + W2 gelu(W1 norm(x))
 
 The mixer sees a whole call, later positions too, so the logits of a position are no prediction of what comes
-after it: docs/phase2.md says what that does to a next-token loss.
+after it: docs/phase2-model.md says what that does to a next-token loss.
 
 Shapes: B batch, T positions of a call, D width, V vocabulary.
 """
