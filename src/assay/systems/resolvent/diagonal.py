@@ -114,13 +114,7 @@ def _batch(a: Tensor, b: Tensor, c: Tensor, gamma: Tensor | None) -> torch.Size:
 
 
 def _parts(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    real: float | Tensor,
-    imag: float | Tensor,
-    gamma: Tensor | None,
-    batch: torch.Size,
+    a: Tensor, b: Tensor, c: Tensor, real: float | Tensor, imag: float | Tensor, gamma: Tensor | None, batch: torch.Size
 ) -> tuple[Tensor, Tensor, Tensor]:
     """al's parts and k, of one batch."""
     N = a.shape[-1]
@@ -137,9 +131,7 @@ def _by_kernel(
     a: Tensor, b: Tensor, c: Tensor, z: complex | Tensor, gamma: Tensor | None, *, serial: bool
 ) -> Tensor:
     if a.dtype != torch.float32:
-        raise UsageError(
-            "a for a Triton kernel", expected="float32", got=a.dtype, remedy="use 'pcr' or 'schur'"
-        )
+        raise UsageError("a for a Triton kernel", expected="float32", got=a.dtype, remedy="use 'pcr' or 'schur'")
     if find_spec("triton") is None:
         raise Unavailable("the resolvent's kernels need Triton", remedy="pip install triton, or use 'pcr'")
     if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
