@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from assay.contracts import Case, Claim, Option, Options, Variant
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["VARIANT", "make"]
 
-IMPLEMENTATIONS = ("pcr", "loop", "schur")
+IMPLEMENTATIONS = ("pcr", "loop", "schur", "triton", "serial")
 ROUNDINGS = 16  # of each argument: cyclic reduction rounds what it makes of them once a level
+KERNELS = {"triton": "_forward", "serial": "_serial"}  # by the name in kernels.py
 TELLING = 128  # rows from which on the products of a backward pass tell log depth from a loop
 
 
@@ -105,24 +107,13 @@ def _check(case: Case, options: Options) -> None:
 
 
 def _claims(case: Case, options: Options) -> Sequence[Claim]:
-    """The registered operator ran, and inside it the implementation that was named.
-
-    Cyclic reduction takes a reciprocal a level and has no division, the recurrence divides twice a row; in
-    the backward pass alone they differ by their products. `schur` is `loop` on wider numbers: which of the
-    two it was, the error figures show.
-    """
-    n, backward = int(case.params.get("n", 1)), case.params["direction"] == "backward"
-    levels, log_depth = math.ceil(math.log2(n)), options["implementation"] == "pcr"
-    operator = "assay::resolvent_diagonal_backward" if backward else "assay::resolvent_diagonal"
+    """The registered operator ran, and inside it the implementation that was named."""
+    implementation, backward = str(options["implementation"]), case.params["direction"] == "backward"
+    kernel = implementation in KERNELS
+    operator = "assay::resolvent_diagonal" + "_triton" * kernel + "_backward" * backward
     found = [Claim(counter=f"ops.{operator}", comparison=">", value=0, why="the registered operator ran")]
-    why = f"implementation={options['implementation']} ran inside it"
-    if backward and n >= TELLING:
-        counter, comparison, value = "aten::mul", "<" if log_depth else ">=", n
-        found.append(Claim(counter=f"ops.{counter}", comparison=comparison, value=value, why=why))  # type: ignore[arg-type]
-    elif log_depth and not backward:
-        found.append(Claim(counter="ops.aten::reciprocal", comparison=">", value=levels, why=why))
-    elif not backward:
-        found.append(Claim(counter="ops.aten::div", comparison=">=", value=2 * (n - 1), why=why))
+    inside = _kernel(implementation, case) if kernel else _operations(implementation, case)
+    found += [replace(c, why=f"implementation={implementation} ran inside it") for c in inside]
     if options["compile"]:
         found += [
             Claim(counter="compiled_graphs", comparison=">", value=0, why="torch.compile made a graph"),
@@ -132,6 +123,31 @@ def _claims(case: Case, options: Options) -> Sequence[Claim]:
         why = "the call was replayed as a CUDA graph"
         found.append(Claim(counter="cuda_graph_replays", comparison=">", value=0, why=why, timed=True))
     return found
+
+
+def _operations(implementation: str, case: Case) -> list[Claim]:
+    """Cyclic reduction takes a reciprocal a level and never divides, the recurrence divides twice a row.
+
+    In a backward pass alone they differ by their products. `schur` is `loop` on wider numbers: which of the
+    two it was, the error figures show.
+    """
+    n, log_depth = int(case.params.get("n", 1)), implementation == "pcr"
+    if case.params["direction"] != "backward":
+        if log_depth:
+            levels = math.ceil(math.log2(n))
+            return [Claim(counter="ops.aten::reciprocal", comparison=">", value=levels, why="")]
+        return [Claim(counter="ops.aten::div", comparison=">=", value=2 * (n - 1), why="")]
+    if n < TELLING:
+        return []
+    return [Claim(counter="ops.aten::mul", comparison="<" if log_depth else ">=", value=n, why="")]
+
+
+def _kernel(implementation: str, case: Case) -> list[Claim]:
+    """A profile on CUDA names the kernel; Triton's interpreter leaves no trace in one."""
+    if not case.device.startswith("cuda"):
+        return []
+    name = "_backward" if case.params["direction"] == "backward" else KERNELS[implementation]
+    return [Claim(counter=f"ops.{name}", comparison=">", value=0, why="")]
 
 
 VARIANT = Variant(
