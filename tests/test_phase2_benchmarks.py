@@ -37,10 +37,10 @@ ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
 SMALL = replace(
     phase2.CPU,
-    lengths=(8, 16, 32),
+    lengths=(8, 16),
     small=8,
     medium=16,
-    kpi=32,
+    kpi=16,
     memory={"small": ("small", 2, 8), "base": ("small", 2, 8), "kpi": ("small", 1, 8)},
     memory_scaling=((1, 8), (2, 8)),
     throughput={"small": ("small", 2, 8), "base": ("small", 2, 8), "kpi": ("small", 1, 8)},
