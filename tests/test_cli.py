@@ -54,7 +54,15 @@ def compare(run: Run, *more: str, arms: Sequence[str] = ("eager", "sdpa")) -> in
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["compare", "--help"], ["list", "variants"], ["list", "workloads"], ["list", "shapes"]],
+    [
+        ["--help"],
+        ["compare", "--help"],
+        ["phase2", "--help"],
+        ["list", "suites"],
+        ["list", "variants"],
+        ["list", "workloads"],
+        ["list", "shapes"],
+    ],
 )
 def test_help_and_lists_do_not_import_torch(arguments: list[str]) -> None:
     code = (
@@ -75,7 +83,7 @@ def test_help_and_lists_do_not_import_torch(arguments: list[str]) -> None:
         ("variants", ["eager", "sdpa", "compile", "fused", "hf"]),
         ("workloads", ["train", "infer", "generate"]),
         ("shapes", ["seed", "llama-1b", "qwen3-0.6b", "qwen3-4b", "llama-8b"]),
-        ("suites", ["no suites yet"]),
+        ("suites", ["phase2"]),
         ("datasets", ["no datasets yet"]),
     ],
 )
@@ -174,6 +182,12 @@ def test_device_that_is_not_there_ends_with_3_before_anything_is_written(
         (["run", "gone.yaml"], "cannot read 'gone.yaml'"),
         (["report", "gone"], "no records at gone"),
         (["compre"], "compare"),
+        (["phase2", "--case", "bk-core-kip"], "unknown case 'bk-core-kip'"),
+        (["phase2", "--case", "bk-core-kip"], "did you mean 'bk-core-kpi'?"),
+        (["phase2", "--device", "gpu"], "gpu"),
+        (["phase2", "--case", ""], "no case to measure"),
+        (["phase2", "--launches", "1"], "--launches is too small; expected at least 2; got 1"),
+        (["phase2", "--resume"], "no run of this suite with these options to resume"),
     ],
 )
 def test_mistake_is_one_line_with_4_and_nothing_is_written(

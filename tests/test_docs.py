@@ -83,6 +83,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("docs/library.md", "after 20 steps"),
         ("docs/op.md", "True"),
         ("docs/phase2-model.md", "after 20 steps"),
+        ("docs/phase2.md", "True"),
     ],
 )
 def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None:
@@ -171,7 +172,7 @@ def _missing_arguments(tokens: list[str]) -> list[str]:
 
 def test_documents_show_every_verb() -> None:
     verbs = {command.split()[1] for command in COMMANDS}
-    assert verbs == {"compare", "doctor", "list", "op", "report", "run"}
+    assert verbs == {"compare", "doctor", "list", "op", "phase2", "report", "run"}
 
 
 @pytest.mark.parametrize("command", sorted({" ".join(span.split()[:2]) for span in spans(PLANNED)}))

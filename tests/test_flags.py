@@ -55,6 +55,7 @@ FLAGS = {
     "report": ["FOLDER", "--folder", "--output", "-o"],
     "list": ["WHAT", "--what"],
     "doctor": ["--device", "--calibrate", "--launches", "--workload"],
+    "phase2": ["--case", "--kpi", "--launches", "--time-budget", "--device", "--dir", "--resume"],
 }
 
 

@@ -28,7 +28,7 @@ from assay.contracts import SuiteRun
 from assay.measure.kpi import KPIStatus
 from assay.measure.memory import MemoryProbe, release_host_memory
 from assay.observer import NullObserver
-from assay.suites import phase2
+from assay.suites import _phase2_cases, phase2
 from assay.suites._phase2_figures import Figures, Reading
 from assay.suites._phase2_files import FILES, HTML, REPORT, kernel_figures
 from assay.systems.resolvent import create_phase2_model
@@ -36,7 +36,7 @@ from assay.systems.resolvent import create_phase2_model
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
 SMALL = replace(
-    phase2.CPU,
+    _phase2_cases.CPU,
     lengths=(8, 16),
     small=8,
     medium=16,
@@ -93,7 +93,9 @@ class Ran:
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     """One run of the suite over the selected tests' cases. Parallel sessions of one pytest run share it."""
     mine = [i for i in request.session.items if i.path == Path(__file__)]
-    names = sorted({case_of(i.name) for i in mine} & set(phase2.CASES), key=list(phase2.CASES).index)
+    names = sorted(
+        {case_of(i.name) for i in mine} & set(_phase2_cases.CASES), key=list(_phase2_cases.CASES).index
+    )
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if hasattr(request.config, "workerinput") else shared
     folder = ROOT / phase2.SUITE.folder if CUDA else shared / "phase2"
@@ -115,9 +117,9 @@ class TestBKCoreTritonBenchmark:
 
         Without CUDA the kernel runs through Triton's interpreter: `speedup` is None, with the reason.
         """
-        one = replace(phase2.CUDA if CUDA else SMALL, batch=batch_size, kpi=seq_len)
+        one = replace(_phase2_cases.CUDA if CUDA else SMALL, batch=batch_size, kpi=seq_len)
         device = "cuda" if CUDA else "cpu"
-        every = phase2.steps(one, device, inline=not CUDA)
+        every = _phase2_cases.steps(one, device, inline=not CUDA)
         case, arms = every["bk-core-kpi"][0]
         settings: dict[str, Any] = {"launches": 1, "benchmark_steps": num_runs, "warmup_steps": warmup_runs}
         settings |= {} if CUDA else {"isolation": "inline"}

@@ -9,13 +9,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from assay import suite
 from assay.errors import UsageError
-from assay.measure.record import Case, Record, Status, Summary
+from assay.measure.record import Case, Scalar
+from assay.wire import Failure, Reply
+from tests.sessions import Fault, Stage
 from tests.test_imports import faults
 
 ROOT = Path(__file__).parents[1]
@@ -109,19 +111,19 @@ def test_example_data_set_gives_what_the_seed_chose() -> None:
         next(ponds.examples("stil", 1, 0))
 
 
-def test_example_suite_plans_and_exports(tmp_path: Path) -> None:
+def test_example_suite_plans_judges_and_exports(tmp_path: Path) -> None:
     widths = example("suites.widths")["SUITE"]
-    plan = list(widths.plan({"largest": 5}))
-    assert [case.params["batch_size"] for case, _ in plan] == [1, 2, 4]
-    case, arms = plan[1]
-    summary = Summary(n=1, mean_ns=3, std_ns=0, median_ns=3, min_ns=3, max_ns=3)
-    record = Record(
-        status=Status.OK, id="a", run="r", case=case, arm=arms[0], baseline="eager", other="compile",
-        launch=0, started="2025-01-01T00:00:00Z", summary={"step": summary},
-    )  # fmt: skip
-    failed = msgspec.structs.replace(record, status=Status.TIMEOUT, summary={})
-    (written,) = widths.exports([record, failed], tmp_path)
-    assert json.loads(written.read_text()) == [{"batch_size": 2, "arm": "eager", "ns": 3.0}]
+    stage = Stage(faults={"compile": in_case("batch_size", 4, Failure(status="out_of_memory", reason=""))})
+    run, (written,) = suite.run_suite("widths", widths, {}, tmp_path, where="cpu", connect=stage.connect)
+    assert [e.case.params["batch_size"] for e in run.entries] == [1, 2, 4]
+    assert [(f.status, f.value) for f in run.findings] == [("FAILED", 2.0)]
+    rows = [(row["batch_size"], row["arm"], row["ns"]) for row in json.loads(written.read_text())]
+    assert rows == [(size, arm, 1e6) for size in (1, 2) for _ in range(3) for arm in ("eager", "compile")]
+
+
+def in_case(name: str, value: Scalar, reply: Reply) -> Fault:
+    """Answer so to every request about a case with this parameter."""
+    return lambda arm, _request: reply if arm.opening.case.params[name] == value else None
 
 
 def test_example_variant_runs_what_it_claims() -> None:

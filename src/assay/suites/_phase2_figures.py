@@ -14,12 +14,11 @@ from assay.contracts import Arm, Case, Entry, Metric, Options, Record
 from assay.measure.record import Spread, Status
 from assay.measure.stats import describe
 from assay.measure.verdict import Comparison, compare_records
+from assay.suites._phase2_cases import Step
 from assay.systems.resolvent.cost import least_memory
 from assay.systems.resolvent.shapes import PRESETS
 
 __all__ = ["MIB", "Figures", "Reading", "Times", "interpreted", "tokens"]
-
-Step = tuple[Case, tuple[Arm, ...]]
 
 MIB = 2**20
 INTERPRETED = "the kernel ran through Triton's interpreter, whose time says nothing of a GPU"

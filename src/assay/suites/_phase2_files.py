@@ -13,35 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from assay.contracts import Arm, Case, Finding, Metric, SuiteRun
+from assay.contracts import Case, Finding, Metric, SuiteRun
 from assay.measure.kpi import overall
 from assay.measure.record import Record
 from assay.measure.store import write_atomically
+from assay.suites._phase2_cases import CASES, Sizes, Step
 from assay.suites._phase2_figures import INTERPRETED, MIB, Figures, Reading, interpreted, tokens
 
 if TYPE_CHECKING:
     from assay.report.suite import Page, Scaling, Section
-    from assay.suites.phase2 import Sizes
 
 __all__ = ["FILES", "HTML", "REPORT", "kernel_figures", "write"]
 
 Json = dict[str, Any]
-Step = tuple[Case, tuple[Arm, ...]]
-
 REPORT, HTML = "PHASE2_BENCHMARK_REPORT.md", "PHASE2_BENCHMARK_REPORT.html"
 COMPREHENSIVE = "phase2_benchmark_comprehensive_report.json"
 
 
-def write(
-    run: SuiteRun, figures: Figures, folder: Path, sizes: Sizes, cases: Mapping[str, str]
-) -> list[Path]:
+def write(run: SuiteRun, figures: Figures, folder: Path, sizes: Sizes) -> list[Path]:
     """Write every file, each whole; return their paths. The page is drawn once the run is over.
 
     Raises StoreError where a file cannot be written, and AssayError where there is no KPI to report.
     """
     from assay.report.suite import render_page
 
-    page = _page(run, figures, sizes, cases)
+    page = _page(run, figures, sizes)
     names = [*FILES, REPORT] + ([HTML] if run.state != "running" else [])
     contents = {name: _json(make(run, figures, sizes)) for name, make in FILES.items()}
     contents[REPORT] = render_page(page, names).encode()
@@ -270,7 +266,7 @@ FILES: Mapping[str, Callable[[SuiteRun, Figures, Sizes], Json]] = {
 # The report
 
 
-def _page(run: SuiteRun, figures: Figures, sizes: Sizes, cases: Mapping[str, str]) -> Page:
+def _page(run: SuiteRun, figures: Figures, sizes: Sizes) -> Page:
     from assay.report.suite import Page
 
     environment = next((r.environment for r in _records(figures) if r.environment), None)
@@ -284,8 +280,8 @@ def _page(run: SuiteRun, figures: Figures, sizes: Sizes, cases: Mapping[str, str
             f"No CUDA device: every case is shrunk (kernel: batch {sizes.batch}, N up to {sizes.kpi}, in "
             f"Triton's interpreter; model: preset {sizes.preset}, fp32), and decides no KPI."
         )
-    sections = [_kernel_section(figures), _model_section(figures, cases), _scaling_memory(figures)]
-    sections += [_scaling_throughput(figures), _missing(figures, cases)]
+    sections = [_kernel_section(figures), _model_section(figures), _scaling_memory(figures)]
+    sections += [_scaling_throughput(figures), _missing(figures)]
     return Page(title="Phase-2 benchmark", said=said, findings=run.findings, sections=sections)
 
 
@@ -329,10 +325,9 @@ def _kernel_case(case: Case) -> str:
     return f"B={p['batch']} N={p['n']} {p['direction']} {p['data']}"
 
 
-def _model_section(figures: Figures, cases: Mapping[str, str]) -> Section:
+def _model_section(figures: Figures) -> Section:
     from assay.report.suite import Section
 
-    del cases
     rows = [_model_row(figures, step) for step in (*_steps(figures, "infer"), *_steps(figures, "train"))]
     return Section(
         anchor="model",
@@ -437,7 +432,7 @@ def _scaling_throughput(figures: Figures) -> Section:
     return Section(anchor="throughput-scaling", title="Throughput over batches", scaling=scaling)
 
 
-def _missing(figures: Figures, cases: Mapping[str, str]) -> Section:
+def _missing(figures: Figures) -> Section:
     """Every case with what became of it, so that nothing is missing unsaid."""
     from assay.report.suite import Section
 
@@ -445,7 +440,7 @@ def _missing(figures: Figures, cases: Mapping[str, str]) -> Section:
     for name, steps in figures.every.items():
         readings = [figures.reading(step, arm) for step in steps for arm in step[1][:2]]
         reasons = list(dict.fromkeys(r.reason for r in readings if r.reason))
-        rows.append((name, cases[name], "; ".join(reasons) or "measured"))
+        rows.append((name, CASES[name], "; ".join(reasons) or "measured"))
     return Section(anchor="cases", title="Cases", headers=("case", "what", "status"), rows=rows)
 
 
