@@ -324,17 +324,17 @@ def _forward(
     entry_re, entry_im = tl.zeros((R, TILES), tl.float32), tl.zeros((R, TILES), tl.float32)
     poison = zero
     if TILES > 1:
-        r_re, r_im = zero, zero
+        in_re, in_im = zero, zero
         for t in range(tiles - 1):
             re, im = _diagonal(
                 a, gamma, inside, t * L * E, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
             )
             k = _links(b, c, inside, t * L * E, N, b_step, c_step, R, L, E)
-            r_re, r_im, nothing = _leaving(_continuants(re, im, k, R, L, E), k[0], r_re, r_im, False)
+            in_re, in_im, nothing = _leaving(_continuants(re, im, k, R, L, E), k[0], in_re, in_im, False)
             poison += _at(nothing, nothing, lane == L - 1)[0]
-            r_re, r_im = _at(r_re, r_im, lane == L - 1)
-            entry_re = tl.where(tile == t + 1, r_re, entry_re)
-            entry_im = tl.where(tile == t + 1, r_im, entry_im)
+            in_re, in_im = _at(in_re, in_im, lane == L - 1)
+            entry_re = tl.where(tile == t + 1, in_re, entry_re)
+            entry_im = tl.where(tile == t + 1, in_im, entry_im)
     s_re, s_im = zero, zero
     for step in range(tiles):
         t = tiles - 1 - step
@@ -477,7 +477,7 @@ def _backward(
     tile = tl.arange(0, TILES)[None, :]
     entry_re, entry_im = tl.zeros((R, TILES), tl.float32), tl.zeros((R, TILES), tl.float32)
     if TILES > 1:
-        m_re, m_im = zero, zero
+        in_re, in_im = zero, zero
         for t in range(tiles - 1):
             start = t * L * E
             re, im = _diagonal(a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
@@ -485,10 +485,10 @@ def _backward(
             w_re, w_im = _weights(grad, inside, start, N, R, L, E)
             r_re, r_im = _parts(tl.load(left + t * L + lane, mask=inside & (lane >= 0), other=0))
             _, _, f_re, f_im, s_re, s_im = _from_left(re, im, k, w_re, w_im, r_re, r_im, R, L, E)
-            x_re, x_im = _carry(f_re, f_im, s_re, s_im, m_re, m_im, False)
-            m_re, m_im = _at(x_re, x_im, lane == L - 1)
-            entry_re = tl.where(tile == t + 1, m_re, entry_re)
-            entry_im = tl.where(tile == t + 1, m_im, entry_im)
+            x_re, x_im = _carry(f_re, f_im, s_re, s_im, in_re, in_im, False)
+            in_re, in_im = _at(x_re, x_im, lane == L - 1)
+            entry_re = tl.where(tile == t + 1, in_re, entry_re)
+            entry_im = tl.where(tile == t + 1, in_im, entry_im)
     right_re, right_im, total_re, total_im = zero, zero, zero, zero
     for step in range(tiles):
         t = tiles - 1 - step
