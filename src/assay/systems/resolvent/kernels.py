@@ -55,8 +55,9 @@ def choose(rows: int, N: int, *, gradient: bool = False) -> Block:
     """The block for a problem: few warps a row, since a scan across warps goes from one to the next."""
     width = triton.next_power_of_2(N)
     elements = GRAIN if gradient else min(32, max(GRAIN, width // 32))
-    lanes = min(128, max(2, width // elements))
-    together = min(128 // lanes, triton.next_power_of_2(rows))
+    most = 512 if gradient and rows <= 128 else 128  # few rows: one tile, whatever a wide scan costs
+    lanes = min(most, max(2, width // elements))
+    together = max(1, min(128 // lanes, triton.next_power_of_2(rows)))
     return Block(together, lanes, elements, max(1, together * lanes // 32))
 
 
@@ -716,18 +717,19 @@ def diagonal(
     keep: bool, serial: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward` as an operator with a gradient where `keep`."""
-    return forward(a, b, c, gamma, z, z_re, z_im, keep=keep, serial=serial)
+    G, left, right = forward(a, b, c, gamma, z, z_re, z_im, keep=keep, serial=serial)
+    return (G, left, right) if keep else (G, left.new_empty(0), right.new_empty(0))
 
 
 @diagonal.register_fake
 def _(
     a: Tensor, b: Tensor, c: Tensor, gamma: Tensor | None, _z: Tensor | None, _re: float, _im: float,
-    keep: bool, serial: bool,
+    keep: bool, _serial: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, N = _batch(a, b, c, gamma), a.shape[-1]
     rows = batch.numel()
-    kept = triton.cdiv(N, GRAIN if keep or serial else choose(rows, N).elements)
-    left, right = (torch.empty(rows, kept, dtype=torch.int64, device=a.device) for _ in range(2))
+    shape = (rows, triton.cdiv(N, GRAIN)) if keep else (0,)
+    left, right = (torch.empty(shape, dtype=torch.int64, device=a.device) for _ in range(2))
     return torch.empty(*batch, N, dtype=torch.complex64, device=a.device), left, right
 
 
