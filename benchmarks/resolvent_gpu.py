@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from statistics import median
 from typing import Any
@@ -108,9 +109,7 @@ def many_rows(rows: int, N: int) -> None:
         size = rows * N * per_element
         copy = copied(size / 1e6)
         took = us(lambda t=tensors: resolvent_diagonal(*t, Z, implementation="triton"), 10)
-        both = us(
-            with_gradient(lambda *t: resolvent_diagonal(*t, Z, implementation="triton"), *tensors), 3
-        )
+        both = us(with_gradient(lambda *t: resolvent_diagonal(*t, Z, implementation="triton"), *tensors), 3)
         print(
             f"{'shared' if shared else 'batched'} b and c: {took:8.1f} us, {size / took / 1e3:7.0f} GB/s of "
             f"{per_element} B an element, {size / took / copy:.0%} of a copy ({copy / 1e3:.0f} GB/s); "
@@ -143,33 +142,32 @@ def accuracy(rows: int, N: int) -> None:
             )
 
 
-def tune(shapes: list[tuple[int, int, bool]], toy: bool) -> None:
+def tune(rows: int, N: int, *, shared: bool, backward: bool, toy: bool) -> None:
+    """Print the fastest blocks of one kernel at one shape."""
+    tensors = inputs(rows, N, shared=shared)
+    grad = torch.ones(rows, N, dtype=torch.complex64, device=DEVICE)
+    _, left, right = kernels.forward(*tensors, None, None, Z.real, Z.imag, keep=True)
+
+    def call(block: kernels.Block) -> Any:
+        if backward:
+            return kernels.backward(grad, *tensors, None, None, Z.real, Z.imag, left, right, block=block)
+        return kernels.forward(*tensors, None, None, Z.real, Z.imag, block=block)
+
+    found: list[tuple[float, kernels.Block]] = []
     lanes = (2, 4) if toy else (64, 128, 256, 512)
-    for rows, N, shared in shapes:
-        tensors = inputs(rows, N, shared=shared)
-        grad = torch.ones(rows, N, dtype=torch.complex64, device=DEVICE)
-        _, left, right = kernels.forward(*tensors, None, None, Z.real, Z.imag, keep=True)
-        for what in ("forward", "backward"):
-            found: list[tuple[float, kernels.Block]] = []
-            for L, E, threads in product(lanes, (8,) if toy or what == "backward" else (8, 16, 32), (32, 64)):
-                if threads == 64 and E > 8:
-                    continue
-                block = kernels.Block(1, L, E, max(1, L // threads))
-
-                def call(block: kernels.Block = block, forward: bool = what == "forward") -> Any:
-                    if forward:
-                        return kernels.forward(*tensors, None, None, Z.real, Z.imag, block=block)
-                    return kernels.backward(
-                        grad, *tensors, None, None, Z.real, Z.imag, left, right, block=block
-                    )
-
-                try:
-                    found.append((us(call, 10, 5), block))
-                except Exception as e:  # more registers or shared memory than there are
-                    print(f"  {block}: {type(e).__name__}: {str(e).splitlines()[0][:80]}")
-            print(f"\n{what}, {rows} rows of {N}, {'shared' if shared else 'batched'} b and c")
-            for took, block in sorted(found)[:8]:
-                print(f"{took:9.2f} us  {block}", flush=True)
+    for L, E, threads in product(lanes, (8,) if toy or backward else (8, 16, 32), (32, 64)):
+        if threads == 64 and E > 8:
+            continue
+        block = kernels.Block(1, L, E, max(1, L // threads))
+        try:
+            found.append((us(partial(call, block), 10, 5), block))
+        except Exception as e:  # more registers or shared memory than there are
+            print(f"  {block}: {type(e).__name__}: {str(e).splitlines()[0][:80]}")
+    print(
+        f"\n{'backward' if backward else 'forward'}, {rows} rows of {N}, {'shared' if shared else 'batched'} b, c"
+    )
+    for took, block in sorted(found)[:8]:
+        print(f"{took:9.2f} us  {block}", flush=True)
 
 
 def main() -> None:
@@ -179,7 +177,9 @@ def main() -> None:
     chosen = parser.parse_args()
     few, many = ((2, 40), (3, 40)) if chosen.toy else ((16, 4096), (4096, 4096))
     if chosen.tune:
-        tune([(*few, True), (*many, False)], chosen.toy)
+        for backward in (False, True):
+            tune(*few, shared=True, backward=backward, toy=chosen.toy)
+            tune(*many, shared=False, backward=backward, toy=chosen.toy)
         return
     few_rows(*few)
     many_rows(*many)

@@ -22,7 +22,6 @@ IN_TORCH = ("pcr", "loop", "schur")  # test_kernels.py has the others
 every_implementation = pytest.mark.parametrize("implementation", IN_TORCH)
 
 
-
 @every_implementation
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("N", [1, 2, 3, 5, 64, 257, 1000, pytest.param(4096, marks=pytest.mark.slow)])

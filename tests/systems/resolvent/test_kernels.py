@@ -25,8 +25,13 @@ pytestmark = [
     ),
 ]
 LIMIT = 3e-6  # normalised root mean square error where no product b c is negative
-SMALL = [(1, 2, 8, 1), (2, 4, 8, 1)]  # blocks of 16 and 32 elements a row, so that few elements are many tiles
-interpreted = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of the interpreter
+SMALL = [
+    (1, 2, 8, 1),
+    (2, 4, 8, 1),
+]  # blocks of 16 and 32 elements a row, so that few elements are many tiles
+interpreted = pytest.mark.filterwarnings(
+    "ignore:.*encountered in:RuntimeWarning"
+)  # NumPy's, of the interpreter
 every_kernel = pytest.mark.parametrize("kernel", ["triton", "serial"])
 
 
@@ -63,7 +68,9 @@ def problem(N: int, *batch: int, shared: bool = False, gamma: bool = False) -> d
 def answers(arguments: dict[str, Tensor], implementation: str) -> dict[str, Tensor]:
     """G, and the gradient of every argument for one cotangent; in complex128 where it is `schur`."""
     if implementation == "schur":
-        arguments = {n: t.to(torch.complex128 if t.is_complex() else torch.float64) for n, t in arguments.items()}
+        arguments = {
+            n: t.to(torch.complex128 if t.is_complex() else torch.float64) for n, t in arguments.items()
+        }
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in arguments.items()}
     G = resolvent_diagonal(**leaves, implementation=implementation)  # type: ignore[arg-type]
     weight = torch.complex(draw(*G.shape, seed=7), draw(*G.shape, seed=8)).to(G)
@@ -72,7 +79,7 @@ def answers(arguments: dict[str, Tensor], implementation: str) -> dict[str, Tens
 
 
 def agree(arguments: dict[str, Tensor], kernel: str) -> None:
-    """Value and gradients are those of the oracle; ten times the limit for these, which are sums of both signs."""
+    """Value and gradients are the oracle's; these are sums of both signs and get ten times the limit."""
     found, expected = answers(arguments, kernel), answers(arguments, "schur")
     assert found["G"].dtype == torch.complex64
     for name, tensor in found.items():
@@ -98,9 +105,7 @@ def test_value_and_every_gradient_are_the_recurrences(N: int, shared: bool, gamm
         (97, 1, (1, 2, 32, 1), SMALL[0]),
     ],
 )
-def test_rows_of_many_tiles(
-    N: int, rows: int, forward: tuple[int, ...], backward: tuple[int, ...]
-) -> None:
+def test_rows_of_many_tiles(N: int, rows: int, forward: tuple[int, ...], backward: tuple[int, ...]) -> None:
     with cut(forward, backward):
         agree(problem(N, rows, gamma=N == 31), "triton")
 
@@ -157,7 +162,8 @@ def test_links_that_vanish_part_the_row(kernel: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("kernel", "block"), [("triton", (1, 8, 8, 1)), ("triton", SMALL[0]), ("triton", SMALL[1]), ("serial", SMALL[0])]
+    ("kernel", "block"),
+    [("triton", (1, 8, 8, 1)), ("triton", SMALL[0]), ("triton", SMALL[1]), ("serial", SMALL[0])],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_its_row_and_no_other(
@@ -181,7 +187,10 @@ def test_what_is_not_finite_reaches_its_row_and_no_other(
 def test_singular_matrix_is_not_finite_or_refused(kernel: str) -> None:
     a, b = torch.zeros(2, 33, device=DEVICE), torch.ones(2, 32, device=DEVICE)
     a[0] = 5.0
-    assert resolvent_diagonal(a, b, b, 0.0, implementation=kernel).isfinite().all(-1).tolist() == [True, False]  # type: ignore[arg-type]
+    assert resolvent_diagonal(a, b, b, 0.0, implementation=kernel).isfinite().all(-1).tolist() == [
+        True,
+        False,
+    ]  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"pivot is 0.*batch element \(1,\)"):
         resolvent_diagonal(a, b, b, 0.0, implementation=kernel, singular="raise")  # type: ignore[arg-type]
 
@@ -220,7 +229,7 @@ def test_no_rows_are_no_work(kernel: str) -> None:
 @every_kernel
 def test_double_precision_is_refused(kernel: str) -> None:
     a, b = torch.zeros(5, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    with pytest.raises(UsageError, match="float32; got torch.float64; use 'pcr' or 'schur'"):
+    with pytest.raises(UsageError, match=r"float32; got torch\.float64; use 'pcr' or 'schur'"):
         resolvent_diagonal(a, b, b, Z, implementation=kernel)  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ Magnitudes of al and sqrt(k) between about 1e-9 and 1e9 stay in float32's range:
 every fourth element. Above, results are NaN.
 """
 
+# ruff: noqa: RET505, RUF005 - Triton compiles both arms of a constant choice, and sums of tuples
 from __future__ import annotations
 
 import os
@@ -354,7 +355,9 @@ def _forward(
         x_re, x_im, _ = _leaving(products, k[0], s_re, s_im, True)
         column = start + lane * E
         # Registers pass to the neighbour through memory, once for both directions.
-        tl.store(left + (column + E) // GRAIN, _pair(r_re, r_im), mask=inside & (column + E < N) & (lane < L - 1))
+        tl.store(
+            left + (column + E) // GRAIN, _pair(r_re, r_im), mask=inside & (column + E < N) & (lane < L - 1)
+        )
         tl.store(right + (column - 1) // GRAIN, _pair(x_re, x_im), mask=inside & (column < N) & (lane > 0))
         tl.debug_barrier()
         here = inside & (lane > 0) & (column < N)
@@ -468,7 +471,12 @@ def _backward(
     inside = row < B
     row = row.to(tl.int64)
     a, b, c, gamma = a + row * a_row, b + row * b_row, c + row * c_row, gamma + row * gamma_row
-    left, right, to_left, to_right = left + row * kept, right + row * kept, to_left + row * kept, to_right + row * kept
+    left, right, to_left, to_right = (
+        left + row * kept,
+        right + row * kept,
+        to_left + row * kept,
+        to_right + row * kept,
+    )
     grad, grad_a, grad_gamma = grad + row * N, grad_a + row * wide, grad_gamma + row * wide
     grad_b, grad_c = grad_b + row * wide, grad_c + row * wide
     z_re, z_im = _z(z, z_re, z_im, Z_TENSOR)
@@ -481,7 +489,9 @@ def _backward(
         in_re, in_im = zero, zero
         for t in range(tiles - 1):
             start = t * L * E
-            re, im = _diagonal(a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
+            re, im = _diagonal(
+                a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
+            )
             k = _links(b, c, inside, start, N, b_step, c_step, R, L, E)
             w_re, w_im = _weights(grad, inside, start, N, R, L, E)
             r_re, r_im = _parts(tl.load(left + t * L + lane, mask=inside & (lane >= 0), other=0))
@@ -533,7 +543,9 @@ def _backward(
         tl.debug_barrier()
         m_re, m_im = _parts(tl.load(to_left + place, mask=here & (lane > 0), other=0))
         m_re, m_im = tl.where(lane == 0, first_re, m_re), tl.where(lane == 0, first_im, m_im)
-        v_re, v_im = _parts(tl.load(to_right + place, mask=inside & (place + 1 < kept) & (lane < L - 1), other=0))
+        v_re, v_im = _parts(
+            tl.load(to_right + place, mask=inside & (place + 1 < kept) & (lane < L - 1), other=0)
+        )
         v_re, v_im = tl.where(lane == L - 1, right_re, v_re), tl.where(lane == L - 1, right_im, v_im)
         if TILES > 1:
             right_re, right_im = _at(y_re, y_im, lane == 0)
