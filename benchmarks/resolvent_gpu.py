@@ -163,9 +163,8 @@ def tune(rows: int, N: int, *, shared: bool, backward: bool, toy: bool) -> None:
             found.append((us(partial(call, block), 10, 5), block))
         except Exception as e:  # more registers or shared memory than there are
             print(f"  {block}: {type(e).__name__}: {str(e).splitlines()[0][:80]}")
-    print(
-        f"\n{'backward' if backward else 'forward'}, {rows} rows of {N}, {'shared' if shared else 'batched'} b, c"
-    )
+    kernel, links = "backward" if backward else "forward", "shared" if shared else "batched"
+    print(f"\n{kernel}, {rows} rows of {N}, {links} b and c")
     for took, block in sorted(found)[:8]:
         print(f"{took:9.2f} us  {block}", flush=True)
 

@@ -9,11 +9,11 @@ matrices before it:
    rearranged.
 2. A scan over lanes from the left and one from the right, scaled by powers of two, give every lane the
    ratios that enter it, 1 / d and 1 / e.
-3. From these the lane walks d and e by their own recurrences. Rounding starts anew there, so the result is as
-   accurate as the walk of the whole row.
+3. From these the lane walks d and e by their own recurrences. Rounding starts anew there, so the result
+   is as accurate as the walk of the whole row.
 
-Where a row exceeds a tile, a first sweep from the left takes the ratio from tile to tile, and the second, from
-the right, does all the rest. The gradient's sums L and R are affine maps of what enters a lane, and are
+Where a row exceeds a tile, a first sweep from the left takes the ratio from tile to tile, and the second,
+from the right, does all the rest. The gradient's sums L and R are affine maps of what enters a lane, and are
 solved the same way.
 
 For the gradient the forward keeps only the ratios that enter every GRAIN-th element: 16 bytes for 8 elements,
