@@ -50,10 +50,6 @@ def records() -> list[Record]:
     ]
 
 
-def comparisons() -> list[object]:
-    return [c for c in RUN.comparisons if c.case == RUN.records[0].case]
-
-
 def test_worst_over_launches_counts_and_what_is_no_number_is_the_worst() -> None:
     (view,) = case_views(records(), ())
     assert facts.error_cells(view) == [

@@ -99,7 +99,7 @@ def wrong_epsilon(x: Tensor, w: Tensor) -> Tensor:
 
 def slow(x: Tensor, w: Tensor) -> Tensor:
     y = x @ x
-    for _ in range(60):
+    for _ in range(400):
         y = torch.tanh(y @ x)
     return y * w
 
