@@ -75,15 +75,15 @@ def resolvent_diagonal(
     else:
         real, imag = complex(z).real, complex(z).imag
     if implementation in ("triton", "serial"):
-        G = _by_kernel(a, b, c, z, gamma, serial=implementation == "serial")
+        by_kernel = _by_kernel(a, b, c, z, gamma, serial=implementation == "serial")
         if singular == "raise":
-            _refuse_singular(G, *_parts(a, b, c, real, imag, gamma, batch))
-        return G
+            _refuse_singular(by_kernel, *_parts(a, b, c, real, imag, gamma, batch))
+        return by_kernel
     dtype = torch.complex64 if a.dtype == torch.float32 else torch.complex128
     if implementation == "schur":
         a, b, c, gamma = a.double(), b.double(), c.double(), None if gamma is None else gamma.double()
     re, im, k = _parts(a, b, c, real, imag, gamma, batch)
-    G = _diagonal(re, im, k, implementation)[0]
+    G: Tensor = _diagonal(re, im, k, implementation)[0]
     if singular == "raise":
         _refuse_singular(G, re, im, k)
     return G.to(dtype)
@@ -114,7 +114,13 @@ def _batch(a: Tensor, b: Tensor, c: Tensor, gamma: Tensor | None) -> torch.Size:
 
 
 def _parts(
-    a: Tensor, b: Tensor, c: Tensor, real: float | Tensor, imag: float | Tensor, gamma: Tensor | None, batch: torch.Size
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    real: float | Tensor,
+    imag: float | Tensor,
+    gamma: Tensor | None,
+    batch: torch.Size,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """al's parts and k, of one batch."""
     N = a.shape[-1]
@@ -131,7 +137,9 @@ def _by_kernel(
     a: Tensor, b: Tensor, c: Tensor, z: complex | Tensor, gamma: Tensor | None, *, serial: bool
 ) -> Tensor:
     if a.dtype != torch.float32:
-        raise UsageError("a for a Triton kernel", expected="float32", got=a.dtype, remedy="use 'pcr' or 'schur'")
+        raise UsageError(
+            "a for a Triton kernel", expected="float32", got=a.dtype, remedy="use 'pcr' or 'schur'"
+        )
     if find_spec("triton") is None:
         raise Unavailable("the resolvent's kernels need Triton", remedy="pip install triton, or use 'pcr'")
     if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

@@ -24,6 +24,7 @@ Magnitudes of al and sqrt(k) between about 1e-9 and 1e9 stay in float32's range:
 every fourth element. Above, results are NaN.
 """
 
+# ruff: noqa: RET505, RUF005 - Triton compiles both arms of a constant choice, and sums of tuples
 from __future__ import annotations
 
 import os
@@ -55,8 +56,9 @@ def choose(rows: int, N: int, *, gradient: bool = False) -> Block:
     """The block for a problem: few warps a row, since a scan across warps goes from one to the next."""
     width = triton.next_power_of_2(N)
     elements = GRAIN if gradient else min(32, max(GRAIN, width // 32))
-    lanes = min(128, max(2, width // elements))
-    together = min(128 // lanes, triton.next_power_of_2(rows))
+    most = 512 if gradient and rows <= 128 else 128  # few rows: one tile, whatever a wide scan costs
+    lanes = min(most, max(2, width // elements))
+    together = max(1, min(128 // lanes, triton.next_power_of_2(rows)))
     return Block(together, lanes, elements, max(1, together * lanes // 32))
 
 
@@ -324,17 +326,17 @@ def _forward(
     entry_re, entry_im = tl.zeros((R, TILES), tl.float32), tl.zeros((R, TILES), tl.float32)
     poison = zero
     if TILES > 1:
-        r_re, r_im = zero, zero
+        in_re, in_im = zero, zero
         for t in range(tiles - 1):
             re, im = _diagonal(
                 a, gamma, inside, t * L * E, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
             )
             k = _links(b, c, inside, t * L * E, N, b_step, c_step, R, L, E)
-            r_re, r_im, nothing = _leaving(_continuants(re, im, k, R, L, E), k[0], r_re, r_im, False)
+            in_re, in_im, nothing = _leaving(_continuants(re, im, k, R, L, E), k[0], in_re, in_im, False)
             poison += _at(nothing, nothing, lane == L - 1)[0]
-            r_re, r_im = _at(r_re, r_im, lane == L - 1)
-            entry_re = tl.where(tile == t + 1, r_re, entry_re)
-            entry_im = tl.where(tile == t + 1, r_im, entry_im)
+            in_re, in_im = _at(in_re, in_im, lane == L - 1)
+            entry_re = tl.where(tile == t + 1, in_re, entry_re)
+            entry_im = tl.where(tile == t + 1, in_im, entry_im)
     s_re, s_im = zero, zero
     for step in range(tiles):
         t = tiles - 1 - step
@@ -353,7 +355,9 @@ def _forward(
         x_re, x_im, _ = _leaving(products, k[0], s_re, s_im, True)
         column = start + lane * E
         # Registers pass to the neighbour through memory, once for both directions.
-        tl.store(left + (column + E) // GRAIN, _pair(r_re, r_im), mask=inside & (column + E < N) & (lane < L - 1))
+        tl.store(
+            left + (column + E) // GRAIN, _pair(r_re, r_im), mask=inside & (column + E < N) & (lane < L - 1)
+        )
         tl.store(right + (column - 1) // GRAIN, _pair(x_re, x_im), mask=inside & (column < N) & (lane > 0))
         tl.debug_barrier()
         here = inside & (lane > 0) & (column < N)
@@ -467,7 +471,12 @@ def _backward(
     inside = row < B
     row = row.to(tl.int64)
     a, b, c, gamma = a + row * a_row, b + row * b_row, c + row * c_row, gamma + row * gamma_row
-    left, right, to_left, to_right = left + row * kept, right + row * kept, to_left + row * kept, to_right + row * kept
+    left, right, to_left, to_right = (
+        left + row * kept,
+        right + row * kept,
+        to_left + row * kept,
+        to_right + row * kept,
+    )
     grad, grad_a, grad_gamma = grad + row * N, grad_a + row * wide, grad_gamma + row * wide
     grad_b, grad_c = grad_b + row * wide, grad_c + row * wide
     z_re, z_im = _z(z, z_re, z_im, Z_TENSOR)
@@ -477,18 +486,20 @@ def _backward(
     tile = tl.arange(0, TILES)[None, :]
     entry_re, entry_im = tl.zeros((R, TILES), tl.float32), tl.zeros((R, TILES), tl.float32)
     if TILES > 1:
-        m_re, m_im = zero, zero
+        in_re, in_im = zero, zero
         for t in range(tiles - 1):
             start = t * L * E
-            re, im = _diagonal(a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
+            re, im = _diagonal(
+                a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
+            )
             k = _links(b, c, inside, start, N, b_step, c_step, R, L, E)
             w_re, w_im = _weights(grad, inside, start, N, R, L, E)
             r_re, r_im = _parts(tl.load(left + t * L + lane, mask=inside & (lane >= 0), other=0))
             _, _, f_re, f_im, s_re, s_im = _from_left(re, im, k, w_re, w_im, r_re, r_im, R, L, E)
-            x_re, x_im = _carry(f_re, f_im, s_re, s_im, m_re, m_im, False)
-            m_re, m_im = _at(x_re, x_im, lane == L - 1)
-            entry_re = tl.where(tile == t + 1, m_re, entry_re)
-            entry_im = tl.where(tile == t + 1, m_im, entry_im)
+            x_re, x_im = _carry(f_re, f_im, s_re, s_im, in_re, in_im, False)
+            in_re, in_im = _at(x_re, x_im, lane == L - 1)
+            entry_re = tl.where(tile == t + 1, in_re, entry_re)
+            entry_im = tl.where(tile == t + 1, in_im, entry_im)
     right_re, right_im, total_re, total_im = zero, zero, zero, zero
     for step in range(tiles):
         t = tiles - 1 - step
@@ -532,7 +543,9 @@ def _backward(
         tl.debug_barrier()
         m_re, m_im = _parts(tl.load(to_left + place, mask=here & (lane > 0), other=0))
         m_re, m_im = tl.where(lane == 0, first_re, m_re), tl.where(lane == 0, first_im, m_im)
-        v_re, v_im = _parts(tl.load(to_right + place, mask=inside & (place + 1 < kept) & (lane < L - 1), other=0))
+        v_re, v_im = _parts(
+            tl.load(to_right + place, mask=inside & (place + 1 < kept) & (lane < L - 1), other=0)
+        )
         v_re, v_im = tl.where(lane == L - 1, right_re, v_re), tl.where(lane == L - 1, right_im, v_im)
         if TILES > 1:
             right_re, right_im = _at(y_re, y_im, lane == 0)
@@ -716,18 +729,19 @@ def diagonal(
     keep: bool, serial: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward` as an operator with a gradient where `keep`."""
-    return forward(a, b, c, gamma, z, z_re, z_im, keep=keep, serial=serial)
+    G, left, right = forward(a, b, c, gamma, z, z_re, z_im, keep=keep, serial=serial)
+    return (G, left, right) if keep else (G, left.new_empty(0), right.new_empty(0))
 
 
 @diagonal.register_fake
 def _(
     a: Tensor, b: Tensor, c: Tensor, gamma: Tensor | None, _z: Tensor | None, _re: float, _im: float,
-    keep: bool, serial: bool,
+    keep: bool, _serial: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, N = _batch(a, b, c, gamma), a.shape[-1]
     rows = batch.numel()
-    kept = triton.cdiv(N, GRAIN if keep or serial else choose(rows, N).elements)
-    left, right = (torch.empty(rows, kept, dtype=torch.int64, device=a.device) for _ in range(2))
+    shape = (rows, triton.cdiv(N, GRAIN)) if keep else (0,)
+    left, right = (torch.empty(shape, dtype=torch.int64, device=a.device) for _ in range(2))
     return torch.empty(*batch, N, dtype=torch.complex64, device=a.device), left, right
 
 
