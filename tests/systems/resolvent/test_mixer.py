@@ -28,16 +28,18 @@ def test_is_the_dense_resolvents_diagonal_read_back(implementation: str, T: int)
     T_BTT = torch.diag_embed(v_BT - 1j * gamma_BT) + torch.diag(h, 1) + torch.diag(h, -1)
     G_BT = torch.linalg.inv(T_BTT - 0.1j * torch.eye(T)).diagonal(dim1=1, dim2=2)
     expected = made.out(torch.stack((G_BT.real, G_BT.imag), -1))
-    torch.testing.assert_close(made(x_BTD), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(made(x_BTD, made.couplings(x_BTD.shape[1])), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_is_a_float32_island(dtype: torch.dtype) -> None:
     made, x_BTD = mixer().to(dtype), torch.randn(2, 9, 6, dtype=dtype)
-    wide = mixer().to(dtype).float()(x_BTD.float())
-    torch.testing.assert_close(made(x_BTD), wide, rtol=0, atol=0)
+    h = made.couplings(9)
+    assert h.dtype == torch.float32
+    wide = mixer().to(dtype).float()(x_BTD.float(), h)
+    torch.testing.assert_close(made(x_BTD, h), wide, rtol=0, atol=0)
     with torch.autocast("cpu", dtype):
-        torch.testing.assert_close(made(x_BTD), wide, rtol=0, atol=0)
+        torch.testing.assert_close(made(x_BTD, h), wide, rtol=0, atol=0)
 
 
 def test_unknown_implementation_is_refused() -> None:

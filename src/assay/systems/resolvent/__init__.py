@@ -5,8 +5,8 @@
     logits_BTV = create_phase2_model("small")(ids_BT)
 
 Read formulas.py, which is the mathematics, then diagonal.py, which makes an operator of it
-(docs/resolvent.md); mixer.py, memory.py and phase2.py for the model (docs/phase2-model.md). Importing this package,
-`shapes` or `cost` does not import torch: the names below are imported when they are first asked for.
+(docs/resolvent.md); mixer.py, memory.py and phase2.py for the model (docs/phase2-model.md). Importing this
+package, `shapes` or `cost` does not import torch: names are imported when they are first asked for.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def known(implementation: str) -> Implementation:
 
 
 class ResolventMixer(nn.Module):
-    """x (B, T, D) -> U [Re G, Im G], (B, T, D), in at least float32."""
+    """x (B, T, D) and `couplings(T)` -> U [Re G, Im G], (B, T, D), in at least float32."""
 
     def __init__(self, config: Phase2Config, implementation: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class ResolventMixer(nn.Module):
         times = -(-(length - 1) // learned.shape[0])
         return (learned.repeat(times) if times > 1 else learned)[: length - 1]
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, h: Tensor) -> Tensor:
         with torch.autocast(x_BTD.device.type, enabled=False):
             x_BTD = at_least_float32(x_BTD)
             to_v, to_gamma = at_least_float32(self.potential.weight).unbind(0)
@@ -67,7 +67,6 @@ class ResolventMixer(nn.Module):
             # sums and not a product with two columns: torch.compile makes them part of the norm's kernel
             v_BT = (x_BTD * to_v).sum(-1) + v_bias
             gamma_BT = F.softplus((x_BTD * to_gamma).sum(-1) + gamma_bias) + LEAST_GAMMA
-            h = self.couplings(x_BTD.shape[1])
             G_BT = resolvent_diagonal(v_BT, h, h, self.z, gamma_BT, implementation=self.implementation)
             from_re, from_im = at_least_float32(self.out.weight).unbind(1)
             G_BT2 = torch.view_as_real(G_BT)

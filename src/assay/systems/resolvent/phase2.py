@@ -17,6 +17,7 @@ Shapes: B batch, T positions of a call, D width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -54,8 +55,8 @@ class Block(nn.Module):
         self.up = nn.Linear(config.d_model, config.d_ff)
         self.down = nn.Linear(config.d_ff, config.d_model)
 
-    def forward(self, x_BTD: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD)).to(x_BTD.dtype)
+    def forward(self, x_BTD: Tensor, h: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), h).to(x_BTD.dtype)
         read_BTD, memory = self.memory(self.memory_norm(x_BTD), memory)
         x_BTD = x_BTD + read_BTD
         fed_BTD: Tensor = self.down(F.gelu(self.up(self.feed_norm(x_BTD))))
@@ -72,7 +73,9 @@ class Phase2Model(nn.Module):
         self.position = nn.Parameter(
             waves(0, config.n_seq, config.d_model).to(torch.get_default_dtype()), requires_grad=False
         )
-        self.blocks = nn.ModuleList(Block(config, implementation) for _ in range(config.n_layers))
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # of blocks, which torch forgets
+            Block(config, implementation) for _ in range(config.n_layers)
+        )
         self.norm = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
@@ -96,8 +99,10 @@ class Phase2Model(nn.Module):
             self._check_state(state, input_ids.shape[0])
         seen, memories = state.positions if state else 0, []
         x_BTD = self.token(input_ids) + self._positions(seen, input_ids.shape[1])
+        # of all layers at once: compiled, they are one kernel
+        h = torch.stack([block.mixer.couplings(input_ids.shape[1]) for block in self.blocks])
         for layer, block in enumerate(self.blocks):
-            x_BTD, memory = block(x_BTD, state.memory[layer] if state else None)
+            x_BTD, memory = block(x_BTD, h[layer], state.memory[layer] if state else None)
             memories.append(memory)
         logits_BTV = self._logits(self.norm(x_BTD))
         if not return_state:
@@ -197,7 +202,6 @@ def initialise(model: Phase2Model, generator: torch.Generator | None) -> None:
     heads = model.config.n_heads
     rates = torch.logspace(-1, -6, heads, base=2) if heads > 1 else torch.full((1,), 0.125)
     for block in model.blocks:
-        assert isinstance(block, Block)
         block.memory.qkv_rate.bias[-heads:] = rates.expm1().log()
 
 
