@@ -15,6 +15,8 @@ from assay.measure.store import read_records, read_samples
 from assay.measure.verdict import compare_records, exit_code
 from assay.wire import (
     Build,
+    Check,
+    Failure,
     Finish,
     Gate,
     MeasureMemory,
@@ -31,6 +33,7 @@ from tests.sessions import (
     Listener,
     Scripted,
     Stage,
+    at_request,
     at_sample,
     play,
     statuses,
@@ -271,3 +274,42 @@ def test_block_order_is_balanced_and_its_own_in_every_launch() -> None:
     again = play(Stage(), launches=4, benchmark_steps=64, cases=(CASE, OTHER_CASE)).records
     assert orders == [r.method.order for r in again if r.method and r.arm.name == "a"]
     assert math.isclose(sum(o.count("B") for o in orders), 64)
+
+
+# One arm alone
+
+
+def test_arm_alone_is_checked_gated_twice_and_proved_in_every_launch() -> None:
+    stage = Stage()
+    records = play(stage, arms=["a"]).records
+    assert [(r.launch, r.status, r.baseline, r.other) for r in records] == [
+        (launch, "ok", "a", "a") for launch in range(2)
+    ]
+    assert (stage.total(Check), stage.total(Gate), stage.total(Finish)) == (1, 4, 2)
+    assert [len(r.samples_ns["step"]) for r in records] == [4, 4]
+    assert compare_records(records, stored=None, asked_launches=2) == []
+
+
+def test_arm_alone_that_does_not_fit_is_not_tried_again() -> None:
+    stage = Stage(faults={"a": at_request(Build, Failure(status="out_of_memory", reason="scripted"))})
+    records = play(stage, arms=["a"]).records
+    assert [r.status for r in records] == ["out_of_memory"]
+    assert stage.total(Build) == 1
+
+
+def test_arm_alone_is_sampled_until_its_own_time_is_known() -> None:
+    records = play(Stage(), arms=["a"], benchmark_steps=None, rel_ci=0.05).records
+    assert all(r.method and r.method.stop == "interval within 5.00%" for r in records)
+
+
+def test_ctrl_c_keeps_what_an_arm_alone_has_given() -> None:
+    stage = Stage(faults={"a": lambda arm, request: interrupted(arm, request, at=2)})
+    outcome = play(stage, arms=["a"])
+    assert outcome.interrupted
+    assert [(r.status, len(r.samples_ns["step"])) for r in outcome.records] == [("interrupted", 2)]
+
+
+def interrupted(arm: Scripted, request: Request, at: int) -> None:
+    """A Ctrl-C while the nth sample is taken."""
+    if isinstance(request, Sample) and arm.count(Sample) == at:
+        os.kill(os.getpid(), signal.SIGINT)

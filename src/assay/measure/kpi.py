@@ -36,7 +36,8 @@ class KPI(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def target(self) -> str:
         """`>= 3 x`, as one reads it."""
-        return f"{self.comparison} {self.threshold:,g} {self.unit}".rstrip()
+        number = f"{self.threshold:,.0f}" if self.threshold >= 1e4 else f"{self.threshold:g}"
+        return f"{self.comparison} {number} {self.unit}".rstrip()
 
 
 class Metric(msgspec.Struct, frozen=True, kw_only=True):

@@ -314,9 +314,11 @@ def _laps() -> Drawing:
     return area + line.add_params(pick)
 
 
-def _log(axis: type[alt.X] | type[alt.Y], field: str, title: str, label: str, base: int = 10) -> Any:
-    """A logarithmic axis; `label` spells a tick. Decimal ones are labelled at 1, 2 and 5."""
-    if base == 10:
+def _log(
+    axis: type[alt.X] | type[alt.Y], field: str, title: str, label: str, base: int = 10, *, all_: bool = False
+) -> Any:
+    """A logarithmic axis; `label` spells a tick. Decimal ones are labelled at 1, 2 and 5, or all of them."""
+    if base == 10 and not all_:
         label = f"indexof([1, 2, 5], {_LEADING}) < 0 ? '' : {label}"
     spelled = alt.Axis(title=title, tickCount=5, labelOverlap="greedy", labelExpr=label)
     scale = alt.Scale(type="log", base=base, nice=False, padding=10)
@@ -393,7 +395,7 @@ def _scaling(x_title: str, y_title: str, tick: str, spelled: str) -> Drawing:
     colour, _ = _arm(pick)
     shown = alt.condition(pick, alt.value(1), alt.value(0.1))
     x = _log(alt.X, "x", x_title, "format(datum.value, ',')", base=2)
-    y = _log(alt.Y, "y", y_title, tick)
+    y = _log(alt.Y, "y", y_title, tick, all_=True)
     tips = [_tip("a:N", "arm"), _tip("x:Q", x_title, ","), _tip("y_text:N", y_title)]
     tips += [_tip("law:N", "grows as")]
     rows = _chart().transform_calculate(y_text=spelled.format("y"))

@@ -310,7 +310,7 @@ def _kernel_rows(figures: Figures, step: Step) -> Iterable[tuple[str, ...]]:
         i = compared.interval if compared and not interpreted(step[0], arm) else None
         yield (
             _kernel_case(step[0]),
-            arm.name,
+            str(arm.options["implementation"]),
             _number(times.median_ms if times else None),
             "1" if not place else f"{i.ratio:.3g} [{i.low:.3g}, {i.high:.3g}]" if i else "-",
             _number(_worst([s.mse for s in spreads])),
@@ -377,7 +377,8 @@ def _scaling_kernel(figures: Figures) -> Scaling:
         for arm in step[1][:2]:
             times = figures.reading(step, arm).times()
             if times and not interpreted(step[0], arm):
-                points.setdefault(arm.name, []).append((float(step[0].params["n"]), times.median_ms * 1e-3))
+                name = str(arm.options["implementation"])
+                points.setdefault(name, []).append((float(step[0].params["n"]), times.median_ms * 1e-3))
     return Scaling(
         kind="scaling-time",
         key="kernel-scaling",
