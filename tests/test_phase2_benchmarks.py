@@ -14,7 +14,6 @@ The three classes measure from Python too:
 import fcntl
 import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 
 import assay
 from assay import suite
-from assay.contracts import SuiteRun
+from assay.contracts import Case, SuiteRun
 from assay.measure.kpi import KPIStatus
 from assay.measure.memory import MemoryProbe, release_host_memory
 from assay.observer import NullObserver
@@ -48,7 +47,7 @@ SMALL = replace(
 )
 SUITE = phase2.SUITE if CUDA else phase2.Phase2(cpu=SMALL, inline=True)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]  # the first test waits for the whole run
 
 
 def case_of(test: str) -> str:
@@ -61,14 +60,14 @@ class Ran:
     """The run that the selected tests share."""
 
     run: SuiteRun
-    folder: Path
+    files: dict[str, str]  # as the run left them: a parallel session may write them again
 
     @property
     def figures(self) -> Figures:
         return SUITE.figures(self.run.entries, self.run.options)
 
     def file(self, name: str) -> Any:
-        return json.loads((self.folder / name).read_text())
+        return json.loads(self.files[name])
 
     def readings(self, test: str) -> list[Reading]:
         """Every arm of a case's steps. What this machine lacks skips the test."""
@@ -89,8 +88,14 @@ class Ran:
             assert found["status"] in (KPIStatus.PASSED, KPIStatus.SKIPPED), found
 
 
+def tell(case: Case) -> NullObserver:
+    """What `-s` shows while the suite runs."""
+    print(case, flush=True)
+    return NullObserver()
+
+
 @pytest.fixture(scope="session")
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """One run of the suite over the selected tests' cases. Parallel sessions of one pytest run share it."""
     mine = [i for i in request.session.items if i.path == Path(__file__)]
     names = sorted(
@@ -104,9 +109,9 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         lock.seek(0)
         done = bool(lock.read())
         options = {"case": ",".join(names) if names else "all"}
-        run, _ = suite.run_suite("phase2", SUITE, options, folder, resume=done)
+        run, paths = suite.run_suite("phase2", SUITE, options, folder, resume=done, observe=tell)
         lock.write("done")
-    yield Ran(run, folder)
+        return Ran(run, {path.name: path.read_text() for path in paths})
 
 
 class TestBKCoreTritonBenchmark:
@@ -305,8 +310,8 @@ class TestComprehensiveReport:
         written = ran.file("phase2_benchmark_comprehensive_report.json")
         assert set(written) == {"metadata", "kpi_summary", "benchmark_files"}
         assert set(written["kpi_summary"]) == {kpi.metric for kpi in phase2.KPIS}
-        assert all((ran.folder / name).exists() for name in (*FILES, REPORT, HTML))
-        table = (ran.folder / REPORT).read_text().partition("## KPIs")[2]
+        assert set(ran.files) == {*FILES, REPORT, HTML}
+        table = ran.files[REPORT].partition("## KPIs")[2]
         assert all(f"| {kpi.metric} |" in table.replace("\\", "") for kpi in phase2.KPIS)
 
 

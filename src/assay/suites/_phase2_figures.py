@@ -153,9 +153,10 @@ class Figures:
         found = self.comparison(step, kernel)
         if found is None or found.interval is None:
             return Metric(reason=found.reason if found else "no comparison", failed=True)
-        note = f"({found.scope})" if found.scope else ""
+        queued = any(r.method and r.method.cache != "warm" for r in self.reading(step, base).measured)
+        notes = [found.scope, "PCR's calls were queued, not replayed as a graph" if queued else ""]
         i = found.interval
-        return Metric(value=i.ratio, low=i.low, high=i.high, reason=note)
+        return Metric(value=i.ratio, low=i.low, high=i.high, reason="; ".join(filter(None, notes)))
 
     def error(self, step: Step, figure: str) -> Metric:
         """The worst of `mse` or `nrmse` of the kernel against the oracle; nothing is masked first."""
@@ -256,7 +257,7 @@ def _pair(entry: Entry, arm: Arm) -> list[Record]:
 
 def _shrunk(found: Metric) -> Metric:
     """A figure of the CPU's sizes decides no KPI; an arm that failed there is still an error."""
-    return found if found.failed else Metric(reason=SHRUNK)
+    return found if found.value is None else Metric(reason=SHRUNK)
 
 
 def _scaled(metric: Metric, factor: float) -> Metric:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from assay.contracts import KPI, Arm, Case, Entry, Metric, Option, Options, Record, SuiteRun
 from assay.measure.record import Status
-from assay.suites import _phase2_files as files
 from assay.suites._phase2_cases import CASES, CPU, CUDA, KPI_CASES, Sizes, Step, steps, wanted
-from assay.suites._phase2_figures import Figures
+
+if TYPE_CHECKING:
+    from assay.suites._phase2_figures import Figures
 
 __all__ = ["KPIS", "SUITE", "Phase2"]
 
@@ -127,11 +128,15 @@ class Phase2:
 
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
         """The seven JSON files and the report, Markdown and HTML: docs/phase2.md."""
+        from assay.suites import _phase2_files as files
+
         figures = self.figures(run.entries, run.options)
         return files.write(run, figures, folder, self._sizes(run.options))
 
     def figures(self, entries: Sequence[Entry], options: Options) -> Figures:
-        """What the entries of a run say."""
+        """What the entries of a run say. Imported here: listing suites waits for no statistics."""
+        from assay.suites._phase2_figures import Figures
+
         return Figures(entries, options, self._steps(options), wanted(options))
 
     def _sizes(self, options: Options) -> Sizes:
