@@ -100,7 +100,7 @@ class Phase2:
         "case": Option(default="all", help=f"cases, separated by commas: {', '.join(CASES)}"),
         "kpi": Option(default=False, help="only the cases that decide a KPI", choices=(False, True)),
         "launches": Option(default=3, help="fresh pairs of processes for a KPI's case on CUDA", minimum=2),
-        "time_budget": Option(default=10, help="seconds of sampling for each pair on CUDA", minimum=1),
+        "time_budget": Option(default=10, help="seconds of sampling for a KPI's pair on CUDA", minimum=1),
     }
     kpis = KPIS
 
@@ -120,7 +120,8 @@ class Phase2:
             return {"launches": 1, "warmup_steps": 0, "benchmark_steps": 2, "isolation": isolation}
         rests = {step[0] for name in KPI_CASES for step in self._steps(options)[name]}
         launches = int(options["launches"]) if case in rests else 1
-        return {"launches": launches, "time_budget_s": float(options["time_budget"]), "rel_ci": 0.002}
+        share = launches / int(options["launches"])
+        return {"launches": launches, "time_budget_s": share * int(options["time_budget"]), "rel_ci": 0.002}
 
     def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]:
         """Every KPI's figure: of the sizes that it speaks of, or None and the reason."""
