@@ -70,7 +70,7 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "attribution": (
-        "compare eager fused --attribute --device cuda --workload infer --launches 2 --time-budget 2",
+        "compare eager fused --attribute --device cuda --workload infer --time-budget 5",
         0,
     ),
     "two-gpus": (
