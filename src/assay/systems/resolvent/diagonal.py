@@ -7,18 +7,20 @@ and z.
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from assay.errors import UsageError, nearest
+from assay.errors import Unavailable, UsageError, nearest
 from assay.systems.resolvent import formulas
 
 __all__ = ["IMPLEMENTATIONS", "resolvent_diagonal"]
 
-Implementation = Literal["pcr", "loop", "schur"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("pcr", "loop", "schur")  # the first is the default on the CPU
+Implementation = Literal["auto", "pcr", "loop", "schur", "triton", "serial"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "pcr", "loop", "schur", "triton", "serial")
 
 
 def resolvent_diagonal(
@@ -28,7 +30,7 @@ def resolvent_diagonal(
     z: complex | Tensor,
     gamma: Tensor | None = None,
     *,
-    implementation: Implementation = "pcr",
+    implementation: Implementation = "auto",
     singular: Literal["propagate", "raise"] = "propagate",
 ) -> Tensor:
     """Diagonal of (H - i diag(gamma) - zI)^-1, (..., N): complex64 for float32, complex128 for float64.
@@ -39,13 +41,15 @@ def resolvent_diagonal(
 
     `implementation`: `pcr` is parallel cyclic reduction, `loop` the recurrence row by row, both at the
     precision of the input; `schur` is `loop` in complex128, forward and backward. formulas.py says how
-    accurate they are.
+    accurate they are. `triton` is one kernel forward and one backward, `serial` the same with a forward that
+    walks each row by itself, both for float32 on CUDA (or Triton's interpreter) only. `auto` is `triton` for
+    float32 on CUDA where Triton is installed, else `pcr`.
 
     A NaN or infinity among the arguments, or a product b c that overflows, makes the whole row of N it
     belongs to NaN. So may a pivot that is 0, though only where the matrix is singular or some k = b c is
     negative or al is real: with singular="raise" a row that is not finite though its arguments are raises
     UsageError (this reads the result back, so it does not fit inside torch.compile or a CUDA graph). Raises
-    UsageError for other shapes, dtypes and names.
+    UsageError for other shapes, dtypes and names, Unavailable where there is no Triton or CUDA for a kernel.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UsageError(
@@ -56,6 +60,8 @@ def resolvent_diagonal(
     if singular not in ("propagate", "raise"):
         raise UsageError("singular", expected="propagate or raise", got=f"'{singular}'")
     batch = _batch(a, b, c, gamma)
+    if implementation == "auto":
+        implementation = "triton" if _kernels_run(a) else "pcr"
     real: float | Tensor
     imag: float | Tensor
     if isinstance(z, Tensor):
@@ -68,13 +74,15 @@ def resolvent_diagonal(
         real, imag = z.real, z.imag
     else:
         real, imag = complex(z).real, complex(z).imag
+    if implementation in ("triton", "serial"):
+        by_kernel = _by_kernel(a, b, c, z, gamma, serial=implementation == "serial")
+        if singular == "raise":
+            _refuse_singular(by_kernel, *_parts(a, b, c, real, imag, gamma, batch))
+        return by_kernel
     dtype = torch.complex64 if a.dtype == torch.float32 else torch.complex128
     if implementation == "schur":
         a, b, c, gamma = a.double(), b.double(), c.double(), None if gamma is None else gamma.double()
-    N = a.shape[-1]
-    re = (a - real).expand(*batch, N)
-    im = (-imag - (torch.zeros_like(a) if gamma is None else gamma)).expand(*batch, N)
-    k = (b * c).expand(*batch, N - 1)
+    re, im, k = _parts(a, b, c, real, imag, gamma, batch)
     G: Tensor = _diagonal(re, im, k, implementation)[0]
     if singular == "raise":
         _refuse_singular(G, re, im, k)
@@ -103,6 +111,49 @@ def _batch(a: Tensor, b: Tensor, c: Tensor, gamma: Tensor | None) -> torch.Size:
             expected="shapes that broadcast",
             got=", ".join(str(tuple(shape)) for shape in leading),
         ) from None
+
+
+def _parts(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    real: float | Tensor,
+    imag: float | Tensor,
+    gamma: Tensor | None,
+    batch: torch.Size,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """al's parts and k, of one batch."""
+    N = a.shape[-1]
+    re = (a - real).expand(*batch, N)
+    im = (-imag - (torch.zeros_like(a) if gamma is None else gamma)).expand(*batch, N)
+    return re, im, (b * c).expand(*batch, N - 1)
+
+
+def _kernels_run(a: Tensor) -> bool:
+    return a.dtype == torch.float32 and a.is_cuda and find_spec("triton") is not None
+
+
+def _by_kernel(
+    a: Tensor, b: Tensor, c: Tensor, z: complex | Tensor, gamma: Tensor | None, *, serial: bool
+) -> Tensor:
+    if a.dtype != torch.float32:
+        raise UsageError(
+            "a for a Triton kernel", expected="float32", got=a.dtype, remedy="use 'pcr' or 'schur'"
+        )
+    if find_spec("triton") is None:
+        raise Unavailable("the resolvent's kernels need Triton", remedy="pip install triton, or use 'pcr'")
+    if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise Unavailable(
+            f"the resolvent's kernels do not run on {a.device.type}", remedy="use a CUDA device, or 'pcr'"
+        )
+    from assay.systems.resolvent import kernels
+
+    number = complex(0) if isinstance(z, Tensor) else complex(z)
+    tensor = z.to(a.device, torch.complex64) if isinstance(z, Tensor) else None
+    leaves = (a, b, c, gamma, tensor)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    G: Tensor = kernels.diagonal(a, b, c, gamma, tensor, number.real, number.imag, keep, serial)[0]
+    return G
 
 
 def _refuse_singular(G: Tensor, re: Tensor, im: Tensor, k: Tensor) -> None:

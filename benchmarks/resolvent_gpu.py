@@ -1,0 +1,190 @@
+"""The resolvent's kernels on a CUDA device: time, bandwidth, scaling, accuracy, block sizes.
+
+    python benchmarks/resolvent_gpu.py           # everything but the sweep
+    python benchmarks/resolvent_gpu.py --tune    # block sizes for both shapes, the best first
+    TRITON_INTERPRET=1 python benchmarks/resolvent_gpu.py --toy [--tune]    # runs anywhere, measures nothing
+
+A time is that of one call among many captured in one CUDA graph, the median of the graph's replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.measure.clock import KernelClock, WallClock
+from assay.systems.resolvent import kernels, resolvent_diagonal
+
+Z = 0.1 + 0.1j
+CALLS = 50
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def us(call: Callable[[], Any], calls: int = CALLS, samples: int = 15) -> float:
+    """Microseconds of device time a call."""
+    if DEVICE == "cpu":
+        return WallClock().time(lambda _: call()).step_ns / 1e3
+    clock = KernelClock("warm")
+
+    def step(_: Any) -> None:
+        call()
+
+    found = median(clock.time(step, calls).step_ns for _ in range(samples)) / 1e3
+    if clock.cache != "warm":
+        print(f"  (not captured: {clock.cache})")
+    return found
+
+
+def inputs(rows: int, N: int, *, shared: bool, positive: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b, c: independent normal, or c = b where `positive`."""
+    generator = torch.Generator(DEVICE).manual_seed(42)
+    a = torch.randn(rows, N, generator=generator, device=DEVICE)
+    links = (N - 1,) if shared else (rows, N - 1)
+    b = torch.randn(*links, generator=generator, device=DEVICE)
+    return a, b, b.clone() if positive else torch.randn(*links, generator=generator, device=DEVICE)
+
+
+def with_gradient(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], Any]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    cotangent = torch.ones(leaves[0].shape, dtype=torch.complex64, device=DEVICE)
+    return lambda: torch.autograd.grad(function(*leaves), leaves, cotangent)
+
+
+def implementations() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    def named(name: Any) -> Callable[..., Tensor]:
+        return lambda a, b, c: resolvent_diagonal(a, b, c, Z, implementation=name)
+
+    yield "pcr, graphed", named("pcr")
+    yield "triton", named("triton")
+    yield "serial", named("serial")
+    if DEVICE == "cuda":
+        from assay.systems.resolvent import formulas
+
+        def plain(a: Tensor, b: Tensor, c: Tensor) -> Tensor:  # its operations in the compiler's sight
+            return formulas.pcr((a - Z).to(torch.complex64), (b * c).expand(*a.shape[:-1], -1))[0]
+
+        yield "pcr, compiled and graphed", torch.compile(plain)
+
+
+def few_rows(rows: int, N: int) -> None:
+    print(f"\n{rows} rows of {N}, shared b and c, us a call")
+    tensors = inputs(rows, N, shared=True)
+    base: dict[str, float] = {}
+    for name, function in implementations():
+        line = f"{name:28}"
+        calls = 2 if name == "serial" else CALLS
+        for what, call in (
+            ("forward", lambda f=function: f(*tensors)),
+            ("forward+backward", with_gradient(function, *tensors)),
+        ):
+            try:
+                took = us(call, calls if what == "forward" else min(calls, 10))
+            except Exception as e:  # one arm that fails must not hide the others
+                line += f"  {what} failed: {type(e).__name__}: {str(e).splitlines()[0][:80]}"
+                continue
+            base.setdefault(what, took)
+            line += f"  {what} {took:9.2f}  {base[what] / took:6.2f}x pcr"
+        print(line, flush=True)
+    print(f"{'an empty kernel, about':28}  {us(lambda a=tensors[0][:1, :1]: a.zero_()):.2f}")
+
+
+def copied(megabytes: float) -> float:
+    """Bytes a microsecond of a copy that reads and writes as much in all."""
+    source = torch.empty(max(int(megabytes * 1e6 / 8), 1), dtype=torch.float32, device=DEVICE)
+    target = torch.empty_like(source)
+    return source.nbytes * 2 / us(lambda: target.copy_(source), 10)
+
+
+def many_rows(rows: int, N: int) -> None:
+    print(f"\n{rows} rows of {N}")
+    for shared, per_element in ((False, 20), (True, 12)):
+        tensors = inputs(rows, N, shared=shared)
+        size = rows * N * per_element
+        copy = copied(size / 1e6)
+        took = us(lambda t=tensors: resolvent_diagonal(*t, Z, implementation="triton"), 10)
+        both = us(with_gradient(lambda *t: resolvent_diagonal(*t, Z, implementation="triton"), *tensors), 3)
+        print(
+            f"{'shared' if shared else 'batched'} b and c: {took:8.1f} us, {size / took / 1e3:7.0f} GB/s of "
+            f"{per_element} B an element, {size / took / copy:.0%} of a copy ({copy / 1e3:.0f} GB/s); "
+            f"forward+backward {both:8.1f} us",
+            flush=True,
+        )
+
+
+def scaling(total: int, lengths: list[int]) -> None:
+    print(f"\n{total} elements in all, batched b and c")
+    for N in lengths:
+        tensors = inputs(max(total // N, 1), N, shared=False)
+        took = us(lambda t=tensors: resolvent_diagonal(*t, Z, implementation="triton"), 10)
+        print(f"N {N:6}: {took:8.1f} us, {took * 1e3 / tensors[0].numel():.4f} ns an element", flush=True)
+
+
+def accuracy(rows: int, N: int) -> None:
+    print(f"\naccuracy, {rows} rows of {N}, against the recurrence in complex128")
+    for positive in (True, False):
+        tensors = inputs(rows, N, shared=False, positive=positive)
+        exact = resolvent_diagonal(*(t.double().cpu() for t in tensors), Z, implementation="schur")
+        for name, function in implementations():
+            found = function(*tensors).detach().cpu()
+            mse = (found - exact).abs().square().mean()
+            norm = exact.abs().square().mean()
+            print(
+                f"{'k >= 0' if positive else 'either sign':12} {name:28} MSE {mse:.1e}  normalised RMSE "
+                f"{(mse / norm).sqrt():.1e}  not finite {int((~found.isfinite()).sum())}",
+                flush=True,
+            )
+
+
+def tune(rows: int, N: int, *, shared: bool, backward: bool, toy: bool) -> None:
+    """Print the fastest blocks of one kernel at one shape."""
+    tensors = inputs(rows, N, shared=shared)
+    grad = torch.ones(rows, N, dtype=torch.complex64, device=DEVICE)
+    _, left, right = kernels.forward(*tensors, None, None, Z.real, Z.imag, keep=True)
+
+    def call(block: kernels.Block) -> Any:
+        if backward:
+            return kernels.backward(grad, *tensors, None, None, Z.real, Z.imag, left, right, block=block)
+        return kernels.forward(*tensors, None, None, Z.real, Z.imag, block=block)
+
+    found: list[tuple[float, kernels.Block]] = []
+    lanes = (2, 4) if toy else (64, 128, 256, 512)
+    for L, E, threads in product(lanes, (8,) if toy or backward else (8, 16, 32), (32, 64)):
+        if threads == 64 and E > 8:
+            continue
+        block = kernels.Block(1, L, E, max(1, L // threads))
+        try:
+            found.append((us(partial(call, block), 10, 5), block))
+        except Exception as e:  # more registers or shared memory than there are
+            print(f"  {block}: {type(e).__name__}: {str(e).splitlines()[0][:80]}")
+    kernel, links = "backward" if backward else "forward", "shared" if shared else "batched"
+    print(f"\n{kernel}, {rows} rows of {N}, {links} b and c")
+    for took, block in sorted(found)[:8]:
+        print(f"{took:9.2f} us  {block}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--toy", action="store_true", help="tiny shapes, for the interpreter")
+    chosen = parser.parse_args()
+    few, many = ((2, 40), (3, 40)) if chosen.toy else ((16, 4096), (4096, 4096))
+    if chosen.tune:
+        for backward in (False, True):
+            tune(*few, shared=True, backward=backward, toy=chosen.toy)
+            tune(*many, shared=False, backward=backward, toy=chosen.toy)
+        return
+    few_rows(*few)
+    many_rows(*many)
+    scaling(many[0] * many[1], [16, 64] if chosen.toy else [2**n for n in range(8, 17)])
+    accuracy(2 if chosen.toy else 100, few[1])
+
+
+if __name__ == "__main__":
+    main()
