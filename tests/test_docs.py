@@ -77,7 +77,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("page", "printed"),
-    [("README.md", "by hand"), ("docs/python.md", "by hand"), ("docs/library.md", "after 20 steps")],
+    [
+        ("README.md", "by hand"),
+        ("docs/python.md", "by hand"),
+        ("docs/library.md", "after 20 steps"),
+        ("docs/op.md", "True"),
+    ],
 )
 def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None:
     programs = blocks(PAGES[page], "python")
@@ -108,6 +113,20 @@ def test_refusal_that_the_python_page_shows_is_the_one_printed(workplace: Path) 
     assert done.stdout == shown
 
 
+def test_operators_of_the_page_are_judged_as_it_says(workplace: Path) -> None:
+    page = PAGES["docs/op.md"]
+    good, _, wrong = blocks(page, "sh")[0].splitlines()
+    quick = shlex.split("--launches 1 --benchmark-steps 4 --warmup-steps 1 --isolation inline --device cpu")
+    for command, code in ((good, 0), (wrong, 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "assay", *shlex.split(command)[1:], *quick, "--dir", f"op-{code}"],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+    (shown,) = blocks(page, "text")
+    assert shown.strip() in " ".join(done.stdout.split())
+
+
 @pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
 @pytest.mark.parametrize("recipe", shell_lines("jq"))
 def test_jq_recipe_gives_figures(recipe: str, workplace: Path) -> None:
@@ -127,7 +146,7 @@ def test_command_parses(
 ) -> None:
     """Flags and arguments exist; a comparison is planned too, so that its arms and parameters exist."""
     _, *tokens = shlex.split(command)
-    if tokens[0] != "compare":
+    if tokens[0] not in ("compare", "op") or len(tokens) == 1:
         cli.app.parse_args([*tokens, *_missing_arguments(tokens)], exit_on_error=False, print_error=False)
         return
     plans: list[Plan] = []
@@ -151,7 +170,7 @@ def _missing_arguments(tokens: list[str]) -> list[str]:
 
 def test_documents_show_every_verb() -> None:
     verbs = {command.split()[1] for command in COMMANDS}
-    assert verbs == {"compare", "doctor", "list", "report", "run"}
+    assert verbs == {"compare", "doctor", "list", "op", "report", "run"}
 
 
 @pytest.mark.parametrize("command", sorted({" ".join(span.split()[:2]) for span in spans(PLANNED)}))
@@ -165,8 +184,8 @@ def test_planned_command_is_unknown_so_far(command: str) -> None:
 
 STRUCTS = [
     record.Record, record.Case, record.Arm, record.Attribution, record.Work, record.Summary, record.Memory,
-    record.PhaseMemory, record.Cold, record.GateReport, record.Figure, record.Environment, record.Method,
-    record.SampleLine,
+    record.PhaseMemory, record.Cold, record.GateReport, record.Figure, record.Spread, record.Environment,
+    record.Method, record.SampleLine,
 ]  # fmt: skip
 
 

@@ -47,6 +47,10 @@ WHERE = ["--output", "-o", "--dir", "--resume", "--verbose", "-v"]
 
 FLAGS = {
     "compare": ["ARMS", *WHAT, *HOW, *WHERE],
+    "op": [
+        *("FUNCTIONS", "--inputs", "--direction", "--cache", "--timing", "--set"),
+        *("--dtype", "--device", "--seed", *HOW, *WHERE),
+    ],
     "run": ["FILE", "--file", *WHERE],
     "report": ["FOLDER", "--folder", "--output", "-o"],
     "list": ["WHAT", "--what"],
@@ -66,7 +70,7 @@ def test_commands_are_frozen() -> None:
 
 @pytest.mark.parametrize(("command", "names"), FLAGS.items())
 def test_flags_of_every_command_are_frozen(command: str, names: Sequence[str]) -> None:
-    assert flags(command) == [name for name in names if name == "ARMS" or not name.isupper()]
+    assert flags(command) == [name for name in names if name in ("ARMS", "FUNCTIONS") or not name.isupper()]
 
 
 def test_flags_of_the_original_are_all_there() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from assay import gate
 from assay.contracts import Claim
-from assay.measure.record import Figure
+from assay.measure.record import Figure, Spread
 
 F64 = torch.float64
 
@@ -422,9 +422,14 @@ def test_one_ulp_reaches_nested_arguments_and_leaves_what_is_no_float() -> None:
     assert count == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opaque_rounding_is_eight_units_of_the_output(dtype: torch.dtype) -> None:
-    assert gate.opaque_rounding(torch.ones(1, dtype=dtype)) == 8 * torch.finfo(dtype).eps
+@pytest.mark.parametrize(
+    ("dtype", "units"),
+    [(torch.float32, 8), (torch.float64, 8), (torch.complex64, 8), (torch.bfloat16, 1), (torch.float16, 1)],
+)
+def test_opaque_rounding_is_eight_units_of_the_output_or_one_of_16_bits(
+    dtype: torch.dtype, units: int
+) -> None:
+    assert gate.opaque_rounding(torch.ones(1, dtype=dtype)) == units * torch.finfo(dtype).eps
     assert gate.opaque_rounding(torch.ones(1, dtype=torch.int64)) == 0.0
 
 
@@ -434,3 +439,52 @@ def test_a_claim_about_the_timed_region_is_judged_on_what_the_counter_gained_the
     assert gate.prove([claim], {"replays": 9}, {"replays": 9}) == [
         "graphs replayed: replays is 0 while timed, expected > 0"
     ]
+
+
+def test_complex_tensors_are_compared_in_both_parts() -> None:
+    ref = torch.tensor([[3 + 4j, 0j], [0j, 5j]], dtype=torch.complex128)
+    off = ref + torch.tensor([[0j, 0j], [0j, 0.5j]])
+    assert gate.compare(ref.to(torch.complex64), ref) == (0.0, "", "")
+    assert gate.compare(off, ref).error == pytest.approx(0.1)
+    assert gate.compare(off, ref).where == "first at position [1]"
+    bad = ref.clone()
+    bad[0, 0] = complex(float("nan"), 0)
+    assert gate.compare(bad, ref).fault == "1 non-finite entries of 4, the oracle has 0"
+    assert gate.gradient_norm({"grad:z": torch.tensor([3j, 4.0])}) == 5.0
+    moved = gate.one_ulp(torch.tensor([1 + 1j]))
+    assert isinstance(moved, torch.Tensor)
+    assert bool((moved.real != 1) & (moved.imag != 1))
+
+
+def test_nan_in_the_same_place_does_not_differ() -> None:
+    ref = torch.tensor([[1.0, 2.0], [float("nan"), 3.0]])
+    assert gate.compare(ref.clone(), ref) == (0.0, "", "")
+    assert gate.compare(ref.flip(1), ref).error == math.inf
+
+
+def test_spread_counts_what_the_error_hides() -> None:
+    ref = torch.tensor([[1.0, 2.0], [0.0, 2.0], [3.0, 4.0]])
+    out = torch.tensor([[1.0, 2.5], [0.0, 0.0], [3.0, float("inf")]])
+    (figure,) = gate.judge_outputs(
+        "precision", "before", {"output:0": out}, {"output:0": ref}, dtype="fp32", spreads=True
+    )
+    assert figure.spread
+    assert figure.spread == Spread(mse=None, nrmse=None, max_relative=None, nonfinite=1, zero_rows=1, rows=3)
+    (figure,) = gate.judge_outputs(
+        "precision", "before", {"output:0": out[:2]}, {"output:0": ref[:2]}, dtype="fp32", spreads=True
+    )
+    assert figure.spread == Spread(
+        mse=pytest.approx((0.25 + 4) / 4),
+        nrmse=pytest.approx(math.sqrt(4.25 / 9)),
+        max_relative=1.0,
+        nonfinite=0,
+        zero_rows=1,
+        rows=2,
+    )
+    assert gate.worst([figure, figure]) == [figure, figure]
+
+
+def test_precision_below_float64_is_named() -> None:
+    wide, narrow = torch.ones(1, dtype=torch.complex128), torch.ones(1, dtype=torch.complex64)
+    assert gate.below_float64({"output:0": wide, "output:1": torch.ones(1, dtype=torch.int32)}) == ""
+    assert gate.below_float64({"output:0": wide, "output:1": narrow}) == "output:1 in complex64"

@@ -54,6 +54,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "gate": ("contracts", "errors", "measure.record"),
     "data": ("contracts", "errors"),
     "workloads": ("contracts", "errors"),
+    "workloads.op": ("contracts", "errors", "plugins"),  # the maker of arguments is named by its place
     "variants": ("contracts", "errors", "systems"),
     "suites": ("contracts", "errors", "measure.record", "measure.verdict", "report"),
     "wire": ("errors", "measure"),

@@ -211,7 +211,7 @@ def boasting(claim: Claim) -> Variant:
 def test_false_claim_is_disproved(monkeypatch: pytest.MonkeyPatch, claim: Claim, said: str) -> None:
     real = plugins.find_variant
     monkeypatch.setattr(
-        plugins, "find_variant", lambda target: boasting(claim) if target == "sdpa" else real(target)
+        plugins, "find_variant", lambda target, **_: boasting(claim) if target == "sdpa" else real(target)
     )
     records = measured(tiny(["eager", "sdpa"]))
     assert [(r.status, r.reason) for r in records] == [
@@ -458,7 +458,9 @@ def test_a_requirement_that_is_not_met_is_unavailable(
 
     eager = plugins.find("variants", "eager")
     for name, said in (("cuda", "needs a CUDA device"), ("no_such_module_here", "needs no_such_module_here")):
-        monkeypatch.setattr(plugins, "find_variant", lambda _target, n=name: replace(eager, requires=(n,)))
+        monkeypatch.setattr(
+            plugins, "find_variant", lambda _target, n=name, **_: replace(eager, requires=(n,))
+        )
         case = Case(workload="infer", params={"shape": "tiny", "batch_size": 1, "seq_length": 8})
         opening = Open(case=case, arm=Arm(name="x", target="eager"), scratch=str(tmp_path), weights="shared")
         with pytest.raises(Unavailable, match=said):

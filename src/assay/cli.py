@@ -173,6 +173,65 @@ def compare(
     return _execute(_configuration(arms, what, how), where)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """What the functions are called with."""
+
+    inputs: str = ""
+    "The maker of the arguments, pkg.module:make or path/file.py:make; make(seed, ...) returns a tuple."
+
+    direction: str = "forward"
+    "What is timed: forward, backward (of an output with its graph retained), or both."
+
+    cache: str = "warm"
+    "State of the GPU's last cache level before a call: warm or cold."
+
+    timing: str = "kernel"
+    "On CUDA: kernel, device time alone; call, the host's launches between the kernels included."
+
+    set: Annotated[tuple[str, ...], Parameter(negative=())] = ()
+    "A size that the maker takes: --set name=value[,value...]; may be repeated, values make a grid."
+
+    dtype: str = "auto"
+    "auto, as the maker gives them; fp32 or bf16 convert the floating arguments."
+
+    device: str = "auto"
+    "auto, cpu, cuda or cuda:N."
+
+    seed: int = 0
+    "Seed of the arguments and of the block order."
+
+
+@app.command
+def op(
+    *functions: str,
+    what: Operator = Operator(),
+    how: How = How(),
+    where: Where = Where(),
+) -> int:
+    """Compare kernels with a reference: first proved equal, then measured, then judged.
+
+    The same as `compare --workload op`, with the workload's parameters as flags.
+
+    Parameters
+    ----------
+    functions:
+        The reference, then the kernels: functions `pkg.module:name` or `path/file.py:name` of the arguments
+        that the maker gives, or operators of `assay list variants`, either with options in brackets.
+    """
+    if len(functions) < 2:
+        raise UsageError(
+            "an operator is compared with a reference",
+            expected="two functions or more: assay op pkg:reference pkg:kernel --inputs pkg:make",
+            got=" ".join(functions) or "none",
+        )
+    given = {"inputs": what.inputs, "direction": what.direction, "cache": what.cache, "timing": what.timing}
+    params = tuple(f"{name}={text}" for name, text in given.items() if text)
+    asked = What(workload="op", set=params + what.set, dtype=what.dtype, device=what.device, seed=what.seed)
+    return _execute(_configuration(functions, asked, how), where)
+
+
 @app.command
 def run(file: Path, *, where: Where = Where()) -> int:
     """Repeat the run that a YAML configuration describes; every run saves its own as config.yaml.

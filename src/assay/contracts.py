@@ -162,6 +162,7 @@ class Variant:
     weights: Literal["shared", "own", "none"] = "shared"
     oracle: Callable[[Case], System] | None = None
     opaque: bool = False
+    inputs: str = ""  # of an operator: the place of its maker of arguments, where the user names none
     workloads: tuple[str, ...] = ()  # empty: any
     # raises UsageError before any process starts, for options that no machine could build; no torch
     check: Callable[[Case, Options], None] | None = None
@@ -189,6 +190,11 @@ class Workload(Protocol):
     def params(self) -> Mapping[str, Option]: ...
     @property
     def probes(self) -> Mapping[str, Probe]: ...
+    @property
+    def functions(self) -> bool: ...  # an arm `place:name` is the function itself, not a model's builder
+
+    def sizes(self, given: Mapping[str, Sequence[Scalar]]) -> Mapping[str, Option]:
+        """Further parameters that the given ones bring with them. Raises UsageError for bad ones."""
 
     def check(self, case: Case) -> None:
         """Raise UsageError where no machine could run this case."""

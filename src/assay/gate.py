@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from assay.contracts import Claim
-from assay.measure.record import Figure, Scalar
+from assay.measure.record import Figure, Scalar, Spread
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
     "Departure",
+    "below_float64",
     "compare",
     "errors",
     "explain",
@@ -81,10 +82,10 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
     if tuple(out.shape) != tuple(ref.shape):
         return Departure(math.inf, "", f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}")
     fault = _counts(out, ref)
-    if out.is_floating_point() is False:
+    if not _is_real_or_complex(out):
         return _compare_integers(out, ref, fault)
-    target = ref.double()
-    delta = (out.double() - target).masked_fill(out == ref, 0.0)  # equal infinities do not differ
+    target = _double(ref)
+    delta = (_double(out) - target).masked_fill(_same(out, ref), 0.0)  # equal infinities do not differ
     target = target.masked_fill(~target.isfinite(), 0.0)  # nor do they widen the scale of the others
     if scale is not None:
         error, where = float(delta.norm()) / max(float(target.norm()), scale, 1e-300), ""
@@ -97,6 +98,21 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
     return Departure(math.inf if math.isnan(error) else error, where, fault)
 
 
+def _same(out: Tensor, ref: Tensor) -> Tensor:
+    return (out == ref) | (out.isnan() & ref.isnan())
+
+
+def _is_real_or_complex(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _double(t: Tensor) -> Tensor:
+    """In float64, or complex128."""
+    import torch
+
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
+
+
 def _compare_integers(out: Tensor, ref: Tensor, fault: str) -> Departure:
     wrong = (out != ref).reshape(-1)
     first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
@@ -106,7 +122,7 @@ def _compare_integers(out: Tensor, ref: Tensor, fault: str) -> Departure:
 
 def _counts(out: Tensor, ref: Tensor) -> str:
     """Non-finite and exactly-zero entries against the oracle's own counts; nothing is masked first."""
-    if out.numel() == 0 or not out.is_floating_point():
+    if out.numel() == 0 or not _is_real_or_complex(out):
         return ""
     bad, ref_bad = (int((~t.isfinite()).sum()) for t in (out, ref))
     if bad != ref_bad:
@@ -145,11 +161,13 @@ def judge_outputs(
     dtype: str,
     reference: Mapping[str, float] | None = None,
     grad_norm: float | None = None,
+    spreads: bool = False,
 ) -> list[Figure]:
     """One figure for every quantity of the oracle; a quantity that the arm lacks, or has too much, fails.
 
     `reference` holds the reference implementation's own errors at this dtype (precision tier only);
-    `grad_norm` is the norm of the oracle's whole gradient, where it is known already. An oracle that holds
+    `grad_norm` is the norm of the oracle's whole gradient, where it is known already; `spreads` asks for
+    further error figures of each. An oracle that holds
     nothing proves nothing: that is one failed figure.
     """
     if not oracle:
@@ -161,7 +179,7 @@ def judge_outputs(
         ]
     grad_norm = gradient_norm(oracle) if grad_norm is None else grad_norm
     figures = [
-        _figure(tier, stage, name, outputs.get(name), ref, grad_norm, dtype, reference)
+        _figure(tier, stage, name, outputs.get(name), ref, grad_norm, dtype, reference, spreads=spreads)
         for name, ref in oracle.items()
     ]
     extra = [name for name in outputs if name not in oracle and outputs[name] is not None]
@@ -182,6 +200,8 @@ def _figure(
     grad_norm: float,
     dtype: str,
     reference: Mapping[str, float] | None,
+    *,
+    spreads: bool,
 ) -> Figure:
     limit, ref_error = MEANING_LIMIT[kind(name)], None
     if reference is not None:
@@ -203,12 +223,33 @@ def _figure(
         reference_error=ref_error,
         where=departure.where,
         note=departure.fault,
+        spread=_spread(out, ref.to(out.device)) if spreads else None,
+    )
+
+
+def _spread(out: Tensor, ref: Tensor) -> Spread | None:
+    """Further error figures of one tensor of numbers of the oracle's shape; nothing is masked."""
+    if out.shape != ref.shape or out.numel() == 0 or not _is_real_or_complex(out):
+        return None
+    target = _double(ref)
+    off = (_double(out) - target).abs().masked_fill(_same(out, ref), 0.0)
+    size = target.abs()
+    mse, scale = float(off.square().mean()), float(size.square().mean())
+    relative = off[size > 0] / size[size > 0]
+    rows = out.reshape(-1, out.shape[-1]) if out.dim() else out.reshape(1, 1)
+    return Spread(
+        mse=mse if math.isfinite(mse) else None,
+        nrmse=math.sqrt(mse / scale) if math.isfinite(mse) and 0 < scale < math.inf else None,
+        max_relative=float(relative.max()) if relative.numel() and bool(relative.isfinite().all()) else None,
+        nonfinite=int((~out.isfinite()).sum()),
+        zero_rows=int((rows == 0).all(dim=1).sum()),
+        rows=rows.shape[0],
     )
 
 
 def gradient_norm(oracle: Mapping[str, Tensor]) -> float:
     """Norm of all gradients together, computed where they lie."""
-    return math.sqrt(sum(float(t.double().norm()) ** 2 for n, t in oracle.items() if kind(n) == "grad"))
+    return math.sqrt(sum(float(_double(t).norm()) ** 2 for n, t in oracle.items() if kind(n) == "grad"))
 
 
 def _scale(name: str, grad_norm: float) -> float | None:
@@ -246,17 +287,17 @@ def probe_figure(name: str, departure: float, scale: float, where: str, *, expec
 
 
 def worst(figures: Iterable[Figure]) -> list[Figure]:
-    """Every failure, and of the rest the one nearest its limit in each (tier, stage, kind)."""
+    """Every failure, of the rest the one nearest its limit in each (tier, stage, kind), and every spread."""
     kept: dict[tuple[str, str, str], Figure] = {}
-    failures: list[Figure] = []
+    whole: list[Figure] = []
     for f in figures:
-        if not f.passed:
-            failures.append(f)
+        if not f.passed or f.spread is not None:
+            whole.append(f)
             continue
         key = (f.tier, f.stage, f.quantity if f.tier == "probe" else kind(f.quantity))
         if key not in kept or _closeness(f) > _closeness(kept[key]):
             kept[key] = f
-    return [*failures, *kept.values()]
+    return [*whole, *kept.values()]
 
 
 def _closeness(f: Figure) -> float:
@@ -352,6 +393,9 @@ def one_ulp(value: object) -> object:
     import torch
 
     if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            moved = torch.view_as_complex(_parts_moved(value.detach()))
+            return moved.requires_grad_(value.requires_grad)
         if not value.is_floating_point():
             return value
         generator = torch.Generator().manual_seed(0)
@@ -368,11 +412,35 @@ def one_ulp(value: object) -> object:
     return value
 
 
+def _parts_moved(value: Tensor) -> Tensor:
+    import torch
+
+    moved = one_ulp(torch.view_as_real(value).contiguous())
+    assert isinstance(moved, torch.Tensor)
+    return moved
+
+
+def below_float64(answers: Mapping[str, Tensor]) -> str:
+    """The first answer of lower precision than float64, as `output:0 in float32`; empty where none is."""
+    import torch
+
+    for name, t in answers.items():
+        if _is_real_or_complex(t) and torch.finfo(t.dtype).eps > ROUNDING["fp64"]:
+            return f"{name} in {str(t.dtype).removeprefix('torch.')}"
+    return ""
+
+
 OPAQUE_ROUNDING = 8.0  # units of rounding: another order of summation inside an opaque function
 
 
 def opaque_rounding(output: Tensor) -> float:
-    """The rounding that any function's result may carry, relative: 8 units of the output's own dtype."""
+    """The rounding that any function's result may carry, relative: 8 units of the output's own dtype.
+
+    Of 16-bit results one: their sums are kept in float32, and another order of them does not show.
+    """
     import torch
 
-    return OPAQUE_ROUNDING * torch.finfo(output.dtype).eps if output.is_floating_point() else 0.0
+    if not _is_real_or_complex(output):
+        return 0.0
+    unit = torch.finfo(output.dtype).eps
+    return unit if unit > ROUNDING["fp16"] else OPAQUE_ROUNDING * unit

@@ -42,14 +42,17 @@ def make_plan(config: RunConfig) -> Plan:
     """Resolve names, options and grids. Raises UsageError or Unavailable; nothing has been written yet."""
     config.validate()
     workloads = {name: plugins.find("workloads", name) for name in config.workload}
-    _check_params(config, workloads)
     arms = _arms(config)
+    if any(w.functions for w in workloads.values()):
+        config = _with_inputs(config, arms[0])
+    params = {name: {**w.params, **w.sizes(config.params)} for name, w in workloads.items()}
+    _check_params(config, params)
     where = device.resolve(config.device) if _needs_torch(config.device) else "cpu"
     cases = [
-        Case(workload=name, params=params, dtype=dtype, device=where, seed=config.seed)
+        Case(workload=name, params=values, dtype=dtype, device=where, seed=config.seed)
         for name, workload in workloads.items()
-        for dtype in dict.fromkeys(_dtype(d, where) for d in config.dtype)
-        for params in _grid(workload, config.params)
+        for dtype in dict.fromkeys(_dtype(d, where, workload) for d in config.dtype)
+        for values in _grid(params[name], config.params)
     ]
     for case in cases:
         workloads[case.workload].check(case)
@@ -69,19 +72,29 @@ def _needs_torch(where: str) -> bool:
     return where != "cpu" and (where != "auto" or environment.nvml("cuda") is not None)
 
 
-def _dtype(dtype: str, where: str) -> str:
-    """`auto` is bfloat16 autocast on a GPU and float32 on a CPU."""
+def _with_inputs(config: RunConfig, baseline: Arm) -> RunConfig:
+    """With the maker of arguments that the first arm brings, where none is named."""
+    if config.params.get("inputs") or plugins.is_target(baseline.target):
+        return config
+    own: str = plugins.find("variants", baseline.target).inputs
+    return msgspec.structs.replace(config, params={"inputs": [own], **config.params}) if own else config
+
+
+def _dtype(dtype: str, where: str, workload: Workload) -> str:
+    """`auto` is bfloat16 autocast on a GPU and float32 on a CPU; functions get their arguments as made."""
     if dtype != "auto":
         return dtype
+    if workload.functions:
+        return "as given"
     return "bf16-autocast" if where.startswith("cuda") else "fp32"
 
 
-def _check_params(config: RunConfig, workloads: Mapping[str, Workload]) -> None:
-    known = {name: option for w in workloads.values() for name, option in w.params.items()}
+def _check_params(config: RunConfig, params: Mapping[str, Mapping[str, Option]]) -> None:
+    known = {name: option for options in params.values() for name, option in options.items()}
     for name, values in config.params.items():
         if name not in known:
             raise UsageError(
-                f"unknown parameter '{name}' for {', '.join(workloads)}",
+                f"unknown parameter '{name}' for {', '.join(params)}",
                 expected=f"one of {', '.join(known)}" if known else "none",
                 remedy=nearest(name, known),
             )
@@ -108,10 +121,10 @@ def _check_value(name: str, value: Scalar, option: Option) -> None:
         )
 
 
-def _grid(workload: Workload, params: Mapping[str, Sequence[Scalar]]) -> list[dict[str, Scalar]]:
-    """Every combination of the values given for the workload's own parameters, defaults elsewhere."""
-    axes = [list(dict.fromkeys(params.get(n, [o.default]))) for n, o in workload.params.items()]
-    return [dict(zip(workload.params, values, strict=True)) for values in itertools.product(*axes)]
+def _grid(options: Mapping[str, Option], params: Mapping[str, Sequence[Scalar]]) -> list[dict[str, Scalar]]:
+    """Every combination of the values given for a workload's parameters, defaults elsewhere."""
+    axes = [list(dict.fromkeys(params.get(n, [o.default]))) for n, o in options.items()]
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*axes)]
 
 
 def _arms(config: RunConfig) -> list[Arm]:

@@ -83,11 +83,16 @@ def is_target(text: str) -> bool:
     return ":" in text
 
 
-def find_variant(target: str) -> Any:
-    """The variant of a built-in name, or one made around the user's builder at `place:attribute`."""
+def find_variant(target: str, *, function: bool = False) -> Any:
+    """The variant of a built-in name, or one made around what the user has at `place:attribute`.
+
+    That is a builder, or where the workload takes functions the function itself.
+    """
     if not is_target(target):
         return find("variants", target)
     custom = importlib.import_module("assay.variants._custom")
+    if function:
+        return custom.function_variant(target, load_target(target, "a function"))
     return custom.custom_variant(target, load_target(target))
 
 
@@ -97,10 +102,10 @@ def shapes() -> dict[str, str]:
     return {name: config.summary for name, config in known.items()}
 
 
-def load_target(text: str) -> Callable[..., Any]:
+def load_target(text: str, expected: str = "a builder") -> Callable[..., Any]:
     """Import `pkg.module:attribute` or `path/to/file.py:attribute` and return the attribute.
 
-    Raises UsageError that says which part failed and why.
+    Raises UsageError that says which part failed and why, and what was expected there.
     """
     place, _, attribute = text.rpartition(":")
     module = _load_file(place) if place.endswith(".py") else _load_module(place)
@@ -109,10 +114,10 @@ def load_target(text: str) -> Callable[..., Any]:
     except AttributeError:
         public = [n for n in vars(module) if not n.startswith("_")]
         raise UsageError(
-            f"'{place}' has no '{attribute}'", expected="a builder", remedy=nearest(attribute, public)
+            f"'{place}' has no '{attribute}'", expected=expected, remedy=nearest(attribute, public)
         ) from None
     if not callable(built):
-        raise UsageError(f"'{text}' is not callable", expected="a builder", got=type(built).__name__)
+        raise UsageError(f"'{text}' is not callable", expected=expected, got=type(built).__name__)
     return built
 
 

@@ -6,6 +6,7 @@ API from inside the session's process.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -145,7 +146,8 @@ class Runner:
     def make_oracle(self, budget_flops: float) -> OracleMade:
         """Canonical weights, then the oracle's answers to both stages' inputs, into the scratch folder."""
         state = {} if self.variant.opaque else self._canonical_state()
-        above = self._above(state)
+        unraised = self._unraised()
+        above = self.case.dtype if unraised else self._above(state)
         with self._reference(above, state) as oracle:
             case, answers = self._fitting_answers(oracle, self._gate_case(oracle, budget_flops), above)
             not_applicable = [
@@ -156,15 +158,37 @@ class Runner:
         for stage, tensors in answers.items():
             _save(_compact(tensors), self._oracle_path(stage))
         norms = {stage: gate.gradient_norm(tensors) for stage, tensors in answers.items()}
-        reference = self._reference_errors(case, state, answers)
+        reference = self._reference_errors(case, state, answers, alone=bool(unraised))
         return OracleMade(
             case=case,
-            oracle=f"{self.arm.name} itself" if self.variant.opaque else self._oracle_name(above),
+            oracle=f"{self.arm.name} itself" if unraised else self._oracle_name(above),
             state=_state_digest(state),
             reference=reference,
             grad_norms=norms,
-            not_applicable=not_applicable,
+            not_applicable=[*not_applicable, unraised]
+            if self.workload.functions and unraised
+            else not_applicable,
         )
+
+    def _unraised(self) -> str:
+        """Why the reference cannot be its own oracle at a higher precision; empty where it can."""
+        if not self.variant.opaque or self.variant.oracle is not None:
+            return ""
+        if not self.workload.functions:
+            return "functions are called with the inputs as they are"
+        found: dict[str, str] = {}
+        try:
+            for dtype in ("fp64", self.case.dtype):
+                with self._reference(dtype, {}) as function:
+                    answers = self.workload.expected(function, at(self.case, dtype), STAGES["before"])
+                found[dtype] = gate.below_float64(answers)
+        except Exception as e:
+            if as_failure(e, self.arm.name).status == "out_of_memory":
+                raise
+            return f"float64 oracle: {self.arm.name} raises {type(e).__name__} there: {_one_line(e)}"
+        if found["fp64"]:
+            return f"float64 oracle: {self.arm.name} gives {found['fp64']} there"
+        return "" if found[self.case.dtype] else f"float64 oracle: {self.arm.name} is no less precise itself"
 
     def _oracle_name(self, above: str) -> str:
         if self.variant.oracle is not None:
@@ -235,16 +259,26 @@ class Runner:
         return found | {f"layer:{name}": t for name, t in layers.items()}
 
     def _reference_errors(
-        self, case: Case, state: Mapping[str, Tensor], answers: Mapping[str, Mapping[str, Tensor]]
+        self,
+        case: Case,
+        state: Mapping[str, Tensor],
+        answers: Mapping[str, Mapping[str, Tensor]],
+        *,
+        alone: bool,
     ) -> dict[str, float]:
-        """The reference at the case's own dtype against the oracle: the yardstick of the precision tier."""
-        if self.variant.opaque:
+        """The reference at the case's own dtype against the oracle: the yardstick of the precision tier.
+
+        A function that is `alone`, its own oracle at its own precision, sets it by its response to rounding.
+        """
+        if alone:
             return self._own_response(answers)
         errors: dict[str, float] = {}
         with self._reference(self.case.dtype, state) as reference:
             for stage, stream in STAGES.items():
                 outputs = self.workload.expected(reference, at(case, self.case.dtype), stream)
                 _keep_largest(errors, gate.errors(outputs, answers[stage]))
+                if self.variant.opaque:
+                    _keep_largest(errors, {n: gate.opaque_rounding(t) for n, t in outputs.items()})
         return errors
 
     def _own_response(self, answers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
@@ -343,6 +377,7 @@ class Runner:
             dtype=self.case.dtype,
             reference=made.reference,
             grad_norm=made.grad_norms.get(stage),
+            spreads=self.workload.functions,
         )
         return Gated(figures=gate.worst(figures))
 
@@ -377,7 +412,7 @@ class Runner:
         telemetry = environment.around(self._before, seen.telemetry)
         counters: dict[str, Scalar] = dict(self._timed().proof())
         operators, kernel_ns = "", dict[str, float]()
-        if profile and not self.variant.opaque:
+        if profile and (self.workload.functions or not self.variant.opaque):
             operators, kernel_ns = self._profile(counters)
         claims = [
             c
@@ -403,17 +438,19 @@ class Runner:
         reason = None
         if not self._steps_ns:
             return None
+        sampler = self._ready()
+        if self.workload.functions:  # their own clock calls a step before it times it
+            sampler = Sampler(sampler.trial, clock.for_device(self.case.device))
         for attempt in range(3):
-            unseen_ns = self._unseen_ns(at_seed(self.case, 10 * attempt))
-            seen_ns = max(statistics.median(self._steps_ns), self._ready().sample(lead_in=0).step_ns)
+            unseen_ns = self._unseen_ns(at_seed(self.case, 10 * attempt), sampler.clock)
+            seen_ns = max(statistics.median(self._steps_ns), sampler.sample(lead_in=0).step_ns)
             reason = validity.remembered_reason([seen_ns], unseen_ns)
             if reason is None:
                 return None
         return reason
 
-    def _unseen_ns(self, case: Case) -> float:
+    def _unseen_ns(self, case: Case, ticker: clock.Clock) -> float:
         """The quickest of a few steps, each on inputs that no call has had, ns."""
-        ticker = self._ready().clock
         if self.variant.opaque:  # one input a trial: each call needs a trial of its own
             trials = [self.workload.prepare(self._system, at_seed(case, n)) for n in (1, 2, 3)]
             return min(ticker.time(trial.step).step_ns for trial in trials)
@@ -607,6 +644,10 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def as_failure(error: Exception, arm: str) -> Failure:
     """The status and the one line that an exception stands for."""
     text = " ".join(str(error).split())[:500]
@@ -633,9 +674,12 @@ def open_runner(
     device.resolve(request.case.device)
     device.check_dtype(request.case.device, request.case.dtype)
     workload = plugins.find("workloads", request.case.workload)
-    variant: Variant = plugins.find_variant(request.arm.target)
+    variant: Variant = plugins.find_variant(request.arm.target, function=workload.functions)
     for name in variant.requires:
         _require(name, request)
+    if workload.functions and request.case.params["timing"] == "kernel":
+        cold = request.case.params["cache"] == "cold"
+        make_clock = functools.partial(clock.for_device, kernels="cold" if cold else "warm")
     return Runner(request, variant, workload, make_clock=make_clock, agreed=agreed)
 
 

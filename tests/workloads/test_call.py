@@ -8,7 +8,8 @@ import torch
 
 from assay.errors import UsageError
 from assay.measure.record import Case
-from assay.workloads.call import WORKLOAD, flatten
+from assay.workloads._functions import flatten
+from assay.workloads.call import WORKLOAD
 
 
 def test_nested_result_becomes_tensors_by_path() -> None:

@@ -139,8 +139,8 @@ class KernelClock(CudaClock):
 
         super().__init__()
         self.cache: str = cache
-        level = torch.cuda.get_device_properties().L2_cache_size
-        self._spoiler = torch.empty(max(_SPOILED_BYTES, 2 * level), dtype=torch.int8, device="cuda")
+        self._torch = torch
+        self._spoiler: Any = None  # made at the first cold call: before it, a step's memory may be measured
         self._hold_ns = 1e6
         self._cycles_per_ns = self._speed()
         self._graphs: dict[tuple[Step, int], Any] = {}  # of a step and a number of calls
@@ -198,6 +198,10 @@ class KernelClock(CudaClock):
 
     def _queued(self, step: Step, inner: int) -> tuple[Timing, float]:
         """Returns the sample and how long the host took to queue it, ns."""
+        if self.cache == "cold" and self._spoiler is None:
+            level = self._cuda.get_device_properties().L2_cache_size
+            size = max(_SPOILED_BYTES, 2 * level)
+            self._spoiler = self._torch.empty(size, dtype=self._torch.int8, device="cuda")
         spans = [(2 * i, 2 * i + 1) for i in range(inner if self.cache == "cold" else 1)]
         for index in range(2 * len(spans)):
             self._event(index)
@@ -237,9 +241,14 @@ class FakeClock:
         """Nothing runs."""
 
 
-def for_device(device: str) -> Clock:
-    """The clock that belongs to a device: `cuda` events there, the host's clock elsewhere."""
-    return CudaClock() if device.startswith("cuda") else WallClock()
+def for_device(device: str, kernels: Literal["warm", "cold"] | None = None) -> Clock:
+    """The clock that belongs to a device: `cuda` events there, the host's clock elsewhere.
+
+    `kernels` asks for the device's time without the host's launches, with its caches warm or cold.
+    """
+    if not device.startswith("cuda"):
+        return WallClock()
+    return KernelClock(kernels) if kernels else CudaClock()
 
 
 def _timing(

@@ -139,6 +139,8 @@ def _check_cuda(device: str) -> None:
 
 def check_dtype(device: str, dtype: str) -> None:
     """Raise Unavailable where this device computes a dtype only by emulation; UsageError where unknown."""
+    if dtype == "as given":
+        return
     if dtype not in MATMUL_DTYPES:
         known = ", ".join(MATMUL_DTYPES)
         raise UsageError(f"unknown dtype '{dtype}'", expected=known, remedy=nearest(dtype, MATMUL_DTYPES))

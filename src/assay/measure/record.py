@@ -29,6 +29,7 @@ __all__ = [
     "Record",
     "SampleLine",
     "Scalar",
+    "Spread",
     "Status",
     "Summary",
     "Work",
@@ -204,7 +205,21 @@ class Cold(msgspec.Struct, frozen=True, kw_only=True):
     first_call_s: float
 
 
-class Figure(msgspec.Struct, frozen=True, kw_only=True):
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """Further error figures of one output of an operator against the oracle, over all its entries.
+
+    None where a figure is not finite. A row is the last dimension; its zeros are exact.
+    """
+
+    mse: float | None  # mean squared error, absolute
+    nrmse: float | None  # root of it over the root mean square of the oracle's entries
+    max_relative: float | None  # largest error relative to its entry, of entries that are not 0
+    nonfinite: int  # entries
+    zero_rows: int
+    rows: int
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One comparison that the gate made. `error` and `limit` share a scale; passed means error <= limit."""
 
     tier: str  # meaning | precision | probe
@@ -216,6 +231,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     reference_error: float | None = None  # what the reference makes at the case's own precision
     where: str = ""  # first layer or position that departs
     note: str = ""
+    spread: Spread | None = None  # of operators
 
 
 class GateReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from assay.measure.record import Environment, Record, flat_params
+from assay.measure.record import Environment, Record, Spread, flat_params
 from assay.report import words
 from assay.report.roofline import Point
 from assay.report.sweeps import Sweep
@@ -15,6 +15,9 @@ from assay.report.view import CaseView, GateRow
 __all__ = [
     "ARM_HEADERS",
     "ARM_NUMBERS",
+    "ERROR_HEADERS",
+    "ERROR_NUMBERS",
+    "ERROR_WORDS",
     "GATE_HEADERS",
     "GATE_NUMBERS",
     "PHASE_HEADERS",
@@ -25,6 +28,7 @@ __all__ = [
     "ceilings",
     "configurations",
     "environment_rows",
+    "error_cells",
     "gate_cells",
     "gate_words",
     "method_rows",
@@ -72,6 +76,12 @@ ROOF_HEADERS = (
 ROOF_NUMBERS = tuple(h for h in ROOF_HEADERS if h not in ("phase", "arm", "bound by", "note"))
 GATE_HEADERS = ("arm", "tier", "quantity", "worst error", "limit", "checks", "gate", "where")
 GATE_NUMBERS = ("worst error", "limit", "checks")
+ERROR_HEADERS = ("arm", "quantity", "MSE", "NRMSE", "max relative", "non-finite", "all-zero rows")
+ERROR_NUMBERS = ERROR_HEADERS[2:]
+ERROR_WORDS = (
+    "Each the worst over launches, before timing and after. NRMSE: root mean square error over the oracle's "
+    "root mean square; max relative: over entries that are not 0; nothing is masked."
+)
 
 
 def arm_cells(view: CaseView) -> list[tuple[str, ...]]:
@@ -209,12 +219,41 @@ def gate_cells(rows: Iterable[GateRow]) -> list[tuple[str, ...]]:
     ]
 
 
+def error_cells(view: CaseView) -> list[tuple[str, ...]]:
+    """A row under ERROR_HEADERS for every output of an operator in every arm; none for other workloads."""
+    rows: list[tuple[str, ...]] = []
+    for arm in view.arms:
+        found: dict[str, list[Spread]] = {}
+        for record in arm.records:
+            for figure in record.gate.figures if record.gate else ():
+                if figure.spread:
+                    found.setdefault(figure.quantity, []).append(figure.spread)
+        rows += [(arm.name, quantity, *_errors(spreads)) for quantity, spreads in found.items()]
+    return rows
+
+
+def _errors(spreads: Sequence[Spread]) -> tuple[str, ...]:
+    zeros = max(spreads, key=lambda s: s.zero_rows)
+    return (
+        *(_worst(getattr(s, name) for s in spreads) for name in ("mse", "nrmse", "max_relative")),
+        str(max(s.nonfinite for s in spreads)),
+        f"{zeros.zero_rows} of {zeros.rows}",
+    )
+
+
+def _worst(values: Iterable[float | None]) -> str:
+    """One that is not finite is the worst."""
+    found = list(values)
+    return words.error(None if None in found else max(v for v in found if v is not None))
+
+
 def gate_words(view: CaseView) -> list[str]:
     """What the gate held the arms against, at which size, and what it left out."""
     said: dict[str, None] = {}
     for report in (r.gate for r in view.records if r.gate):
         size = "reduced to" if report.reduced else "the case's own"
-        said[f"Oracle: {report.oracle}; weights {report.weights} ({report.state})."] = None
+        weights = f"weights {report.weights} ({report.state})" if report.state else "no weights"
+        said[f"Oracle: {report.oracle}; {weights}."] = None
         said[f"Size: {size} {flat_params(report.shape)}."] = None
         for skip in report.skipped:
             said[f"Not checked: {skip}."] = None

@@ -259,6 +259,7 @@ def _case(view: CaseView, shown: list[Figure], charted: Mapping[int, int], cases
         _phases(view),
         _roofline(view, shown, charted),
         _gate(view),
+        _errors(view),
         _failures(view),
         _warnings(view),
     ]
@@ -338,6 +339,15 @@ def _gate(view: CaseView) -> Safe:
     return join(
         [element("h3", "Gate: the same work"), said, table(facts.GATE_HEADERS, cells, facts.GATE_NUMBERS)]
     )
+
+
+def _errors(view: CaseView) -> Safe:
+    cells = facts.error_cells(view)
+    if not cells:
+        return Safe("")
+    said = element("p", facts.ERROR_WORDS, attributes={"class": "soft small"})
+    shown = table(facts.ERROR_HEADERS, cells, facts.ERROR_NUMBERS)
+    return join([element("h3", "Errors against the oracle"), said, shown])
 
 
 def _failures(view: CaseView) -> Safe:

@@ -67,6 +67,9 @@ def _case(view: CaseView) -> str:
     gate = [row for arm in view.arms for row in facts.gate_cells(gate_rows(arm))]
     if gate:
         parts += ["### Gate", _gate_words(view), _table(facts.GATE_HEADERS, gate, facts.GATE_NUMBERS)]
+    if errors := facts.error_cells(view):
+        table = _table(facts.ERROR_HEADERS, errors, facts.ERROR_NUMBERS)
+        parts += ["### Errors against the oracle", facts.ERROR_WORDS, table]
     if failures := failures_of(view):
         said = (
             f"- **{_text(a)}**: {_text(words.outcome(o.status, o.launches, o.reason))}" for a, o in failures

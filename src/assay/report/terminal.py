@@ -21,6 +21,7 @@ _NO_RATIO = "bold magenta"
 _NUMERIC = (
     *("median", "peak MiB", "MFU", "MBU", "x floor", "kernels"),
     *("build", "first call", "worst error", "limit"),
+    *("moved", "MSE", "NRMSE", "max rel", "non-finite", "zero rows"),
 )
 
 
@@ -50,6 +51,7 @@ def _print_case(view: CaseView, console: Console, verbose: bool) -> None:
     if verbose:
         tables.append((_roof_table(view), []))
     tables += [(_attribution_table(view), attribution.remarks(view)), (_gate_table(view), [])]
+    tables.append((_error_table(view), []))
     for table, remarks in tables:
         if table.row_count:
             console.print()
@@ -124,14 +126,21 @@ def _speed_table(view: CaseView) -> Table:
 
 def _cost_table(view: CaseView) -> Table:
     """Peak memory, share of this machine's measured ceilings, and cold start."""
-    table = _table("arm", "peak MiB", "MFU", "MBU", "build", "first call")
+    points = [arm.point() for arm in view.asked]
+    moved = any(p.work.bytes for p in points) and not any(p.work.flops for p in points)
+    rates = ("moved", "MBU", "x floor") if moved else ("MFU", "MBU")
+    table = _table("arm", "peak MiB", *rates, "build", "first call")
     for arm in (a for a in view.asked if a.measured):
         step, cold = arm.point(), arm.cold
+        far = words.distance(step.distance).removesuffix("x")
+        bytes_s = words.amount(step.bytes_per_s, "B/s")
+        shown = (
+            (bytes_s, words.share(step.mbu), far) if moved else (words.share(step.mfu), words.share(step.mbu))
+        )
         table.add_row(
             Text(arm.name),
             words.mib(arm.peak_mib),
-            words.share(step.mfu),
-            words.share(step.mbu),
+            *shown,
             words.duration(cold.build_s * 1e9 if cold else None),
             words.duration(cold.first_call_s * 1e9 if cold else None),
         )
@@ -188,6 +197,14 @@ def _gate_table(view: CaseView) -> Table:
             words.error(row.worst.limit),
             Text(row.arm + where),
         )
+    return table
+
+
+def _error_table(view: CaseView) -> Table:
+    """Of an operator: every output of every arm against the oracle."""
+    table = _table("arm", "errors of", "MSE", "NRMSE", "max rel", "non-finite", "zero rows")
+    for arm, *cells in facts.error_cells(view):
+        table.add_row(Text(arm), *cells)
     return table
 
 

@@ -1,6 +1,8 @@
-"""A user's own builder as a variant. Not listed: it is reached as `pkg.module:build` or `file.py:build`.
+"""A user's own builder or function as a variant. Not listed: it is reached as `pkg:build` or `file.py:build`.
 
-A builder takes nothing, or the Case, and returns an nn.Module (see systems/decoder/calls.py for how it is
+A function is the operator itself. Of a builder:
+
+It takes nothing, or the Case, and returns an nn.Module (see systems/decoder/calls.py for how it is
 called). Two attributes of the builder are read where it has them:
 
 - `vocab_size`: token ids stay below it; else the module's `config.vocab_size`, else the logits' width;
@@ -14,8 +16,9 @@ from typing import Any, Literal
 
 from assay.contracts import Case, Claim, LanguageModel, Options, Variant
 from assay.errors import UsageError
+from assay.variants._operator import Operator
 
-__all__ = ["custom_variant"]
+__all__ = ["custom_variant", "function_variant"]
 
 
 def custom_variant(
@@ -55,3 +58,12 @@ def _claims(case: Case, options: Options) -> Sequence[Claim]:  # noqa: ARG001 - 
         why = "the key-value cache is not wider than the model"
         return (Claim(counter="kv_promoted_tensors", comparison="==", value=0, why=why),)
     return ()
+
+
+def function_variant(name: str, function: Callable[..., Any]) -> Variant:
+    """The variant of an operator; `name` is how the user wrote it. Its oracle is the first arm's."""
+
+    def build(_case: Case, _options: Options) -> Operator:
+        return Operator(function)
+
+    return Variant(summary=f"the function {name}", build=build, weights="none", opaque=True)

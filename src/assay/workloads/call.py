@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from assay.contracts import Case, Mark, Option, Probe, Scalar, System, Work
-from assay.errors import UsageError
+from assay.workloads._functions import flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,42 +42,17 @@ class CallTrial:
         return {}
 
 
-def flatten(value: Any, path: str = "") -> dict[str, Tensor]:
-    """Tensors in nested tuples, lists and dicts -> `output:<path>`; a number becomes a tensor of its kind.
-
-    Whole numbers and booleans are compared exactly, floats in float64.
-    """
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return {f"output:{path or '0'}": value.detach().clone()}
-    if isinstance(value, bool | int | float):
-        dtype = torch.float64 if isinstance(value, float) else None
-        return {f"output:{path or '0'}": torch.tensor(value, dtype=dtype)}
-    if isinstance(value, Mapping):
-        items: Iterator[tuple[Any, Any]] = iter(value.items())
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        items = zip(count(), value, strict=False)
-    elif value is None:
-        return {}
-    else:
-        raise UsageError(
-            "a compared function returned something else",
-            expected="tensors or nested tuples and dicts of them",
-            got=type(value).__name__,
-        )
-    found: dict[str, Tensor] = {}
-    for key, inner in items:
-        found |= flatten(inner, f"{path}.{key}" if path else str(key))
-    return found
-
-
 class Call:
     """One call of an opaque function on the inputs that a maker gives for a seed."""
 
     summary = "one call of a Python function (used by assay.compare and assay.measure)"
     params: Mapping[str, Option] = {}
     probes: Mapping[str, Probe] = {}
+    functions = False  # they come as Python objects, and are called with the inputs as they are
+
+    def sizes(self, given: Mapping[str, Sequence[Scalar]]) -> Mapping[str, Option]:  # noqa: ARG002
+        """There are none."""
+        return {}
 
     def check(self, case: Case) -> None:
         """Nothing to check before the function runs."""

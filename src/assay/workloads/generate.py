@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,11 @@ class Generate:
         "gen_output_length": Option(default=128, help="tokens to generate", minimum=2),
     }
     probes = PROBES
+    functions = False
+
+    def sizes(self, given: Mapping[str, Sequence[Scalar]]) -> Mapping[str, Option]:  # noqa: ARG002
+        """All are in `params`."""
+        return {}
 
     def check(self, case: Case) -> None:
         """Everything is in the options."""

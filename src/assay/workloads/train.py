@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,11 @@ class Train:
         ),
     }
     probes = PROBES
+    functions = False
+
+    def sizes(self, given: Mapping[str, Sequence[Scalar]]) -> Mapping[str, Option]:  # noqa: ARG002
+        """All are in `params`."""
+        return {}
 
     def check(self, case: Case) -> None:
         """Everything is in the options."""
