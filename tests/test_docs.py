@@ -82,6 +82,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("docs/python.md", "by hand"),
         ("docs/library.md", "after 20 steps"),
         ("docs/op.md", "True"),
+        ("docs/phase2-model.md", "after 20 steps"),
     ],
 )
 def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None:
@@ -93,7 +94,7 @@ def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert printed in done.stdout
-    shown = blocks(PAGES[page], "text") if page == "docs/library.md" else []
+    shown = blocks(PAGES[page], "text") if page in ("docs/library.md", "docs/phase2-model.md") else []
     assert all(block in done.stdout for block in shown)
 
 

@@ -7,7 +7,7 @@ import pytest
 import assay
 from assay import contracts
 from assay.cli import app
-from assay.systems import decoder
+from assay.systems import decoder, resolvent
 
 WHAT = [
     "--workload",
@@ -150,7 +150,22 @@ def test_names_of_the_decoder_are_frozen() -> None:
         _ = decoder.lod
 
 
-@pytest.mark.parametrize("module", [assay, contracts, decoder])
+def test_names_of_the_resolvent_are_frozen() -> None:
+    assert resolvent.__all__ == [
+        "IMPLEMENTATIONS",
+        "PRESETS",
+        "Phase2Config",
+        "Phase2Model",
+        "Phase2State",
+        "create_phase2_model",
+        "resolvent_diagonal",
+    ]
+    assert set(resolvent.__all__) <= set(dir(resolvent))
+    with pytest.raises(AttributeError, match=r"'assay.systems.resolvent' has no attribute 'diagnal'"):
+        _ = resolvent.diagnal
+
+
+@pytest.mark.parametrize("module", [assay, contracts, decoder, resolvent])
 def test_every_name_that_is_promised_exists(module: object) -> None:
     names: list[str] = module.__all__  # type: ignore[attr-defined]  # a module that has one
     assert [n for n in names if not hasattr(module, n)] == []

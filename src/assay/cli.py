@@ -67,7 +67,7 @@ class What:
     "Any other workload parameter: --set name=value[,value...]; may be repeated."
 
     dtype: str = "auto"
-    "bf16-autocast, bf16, fp32; auto is bf16-autocast on CUDA and fp32 on the CPU."
+    "bf16-autocast, bf16, fp16, fp32; auto is bf16-autocast on CUDA and fp32 on the CPU."
 
     device: str = "auto"
     "auto, cpu, cuda or cuda:N."

@@ -17,7 +17,7 @@ from assay.measure.record import Arm, Scalar, digest, spelled_scalar
 
 __all__ = ["DTYPES", "RunConfig", "from_mapping", "load", "parse_arm", "parse_scalar", "spelled", "to_yaml"]
 
-DTYPES = ("auto", "bf16-autocast", "bf16", "fp32")
+DTYPES = ("auto", "bf16-autocast", "bf16", "fp16", "fp32")
 LARGEST = 2**63 - 1  # of whole numbers: what a message to a worker, and a tensor's size, can hold
 
 

@@ -25,7 +25,15 @@ from assay.errors import UsageError, nearest
 from assay.measure.record import Scalar, Work
 from assay.systems.decoder.shapes import DecoderConfig
 
-__all__ = ["WIDTHS", "Widths", "forward_flops", "kv_bytes_per_token", "weight_bytes", "work"]
+__all__ = [
+    "OPTIMIZER_PASSES",
+    "WIDTHS",
+    "Widths",
+    "forward_flops",
+    "kv_bytes_per_token",
+    "weight_bytes",
+    "work",
+]
 
 _ID_BYTES = 8  # token ids are int64
 
@@ -49,7 +57,7 @@ WIDTHS: Mapping[str, Widths] = {
 
 # What a step of an optimizer must move, in multiples of the parameters: sgd reads weight and gradient and
 # writes the weight; AdamW also reads and writes two moments.
-_OPTIMIZER_PASSES = {"sgd": 3, "adamw": 7}
+OPTIMIZER_PASSES = {"sgd": 3, "adamw": 7}
 
 
 def forward_flops(
@@ -96,8 +104,8 @@ def work(
     if workload == "train":
         phases = _train(config, int(params["batch_size"]), int(params["seq_length"]), dtype, fused_loss)
         optimizer = str(params.get("optimizer", "none"))
-        if optimizer in _OPTIMIZER_PASSES:
-            passes = _OPTIMIZER_PASSES[optimizer] * config.parameters * _widths(dtype).stored
+        if optimizer in OPTIMIZER_PASSES:
+            passes = OPTIMIZER_PASSES[optimizer] * config.parameters * _widths(dtype).stored
             phases["optimizer"] = _phase(phases["forward"], flops=0.0, moved=float(passes))
     elif workload == "infer":
         phases = {"forward": _infer(config, int(params["batch_size"]), int(params["seq_length"]), dtype)}

@@ -10,7 +10,7 @@ Shapes: B batch, T positions, H hidden, D head size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -26,7 +26,7 @@ from assay.systems.decoder.rope import angles, frequencies
 from assay.systems.decoder.shapes import DecoderConfig
 from assay.systems.decoder.state import load_strict
 
-__all__ = ["ReferenceLM", "reference_logits", "reference_loss"]
+__all__ = ["PlainLM", "ReferenceLM", "reference_logits", "reference_loss"]
 
 State = Mapping[str, Tensor]
 
@@ -106,17 +106,23 @@ def _position(state: State, config: DecoderConfig, norm: str, x_BTD: Tensor) -> 
     return x_BTD * cos_TD + torch.cat((-high, low), dim=-1) * sin_TD
 
 
-class ReferenceLM:
-    """The oracle as a language model. It holds its own weights, which `load` replaces, and keeps no cache."""
+class PlainLM:
+    """A plain function of weights and ids as a language model of the bench, for oracles to derive from.
 
-    def __init__(self, config: DecoderConfig, state: State, *, dtype: str, device: str) -> None:
-        self.config, self._dtype, self._device = config, dtype, device
+    It holds its own weights, which `load` replaces, and keeps no cache. `layers` names what `taps` pass on.
+    """
+
+    def __init__(self, state: State, layers: Sequence[str], *, dtype: str, device: str) -> None:
+        self._dtype, self._device = dtype, device
         self._at = precision(dtype)
-        self._taps = {f"model.layers.{i}": nn.Identity() for i in range(config.num_hidden_layers)}
+        self._taps = {name: nn.Identity() for name in layers}
         self._state = {
             name: tensor.detach().to(device, self._at.weights, copy=True).requires_grad_()
             for name, tensor in state.items()
         }
+
+    def _logits(self, ids_BT: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -124,18 +130,14 @@ class ReferenceLM:
     def __exit__(self, *exc: object) -> None:
         self.zero_grad()
 
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
     @torch.no_grad()
     def forward(self, ids_BT: Tensor) -> Tensor:
         with self._at.context(self._device):
-            return reference_logits(self._state, self.config, ids_BT, self._taps)
+            return self._logits(ids_BT)
 
     def loss(self, ids_BT: Tensor) -> Tensor:
         with self._at.context(self._device):
-            return reference_loss(reference_logits(self._state, self.config, ids_BT, self._taps), ids_BT)
+            return reference_loss(self._logits(ids_BT), ids_BT)
 
     def decoding(self, batch: int, max_length: int) -> RecomputeDecoding:  # noqa: ARG002 - the contract's
         return RecomputeDecoding(self.forward, self._at, self._device)
@@ -144,8 +146,7 @@ class ReferenceLM:
         return {name: tensor.detach() for name, tensor in self._state.items()}
 
     def load(self, state: State) -> None:
-        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
-        load_strict(self.state(), state, to="the reference", tied=tied)
+        load_strict(self.state(), state, to="the reference")
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: tensor.grad for name, tensor in self._state.items()}
@@ -162,11 +163,31 @@ class ReferenceLM:
     def layers(self) -> Mapping[str, nn.Module]:
         return self._taps
 
+    def proof(self) -> dict[str, Scalar]:
+        return {"full_recompute": True}
+
+
+class ReferenceLM(PlainLM):
+    """The decoder's oracle."""
+
+    def __init__(self, config: DecoderConfig, state: State, *, dtype: str, device: str) -> None:
+        layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
+        super().__init__(state, layers, dtype=dtype, device=device)
+        self.config = config
+
+    def _logits(self, ids_BT: Tensor) -> Tensor:
+        return reference_logits(self._state, self.config, ids_BT, self._taps)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def load(self, state: State) -> None:
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+        load_strict(self.state(), state, to="the reference", tied=tied)
+
     def work(self, workload: str, params: Mapping[str, Scalar]) -> dict[str, Work]:
         return cost.work(self.config, workload, params, self._dtype)
 
     def describe(self) -> dict[str, Scalar]:
         return {"model": "reference", "parameters": self.config.parameters}
-
-    def proof(self) -> dict[str, Scalar]:
-        return {"full_recompute": True}

@@ -1,11 +1,51 @@
-"""The diagonal of a tridiagonal matrix's resolvent, ((H - zI)^-1)_ii, differentiable: docs/resolvent.md.
+"""The diagonal of a tridiagonal matrix's resolvent, ((H - zI)^-1)_ii, differentiable, and a model around it.
 
-    from assay.systems.resolvent import resolvent_diagonal
+    from assay.systems.resolvent import create_phase2_model, resolvent_diagonal
     g = resolvent_diagonal(a, b, c, 0.1 + 0.1j)          # a (..., N), b and c (..., N-1) or (N-1,)
+    logits_BTV = create_phase2_model("small")(ids_BT)
 
-Read formulas.py, which is the mathematics, then diagonal.py, which makes an operator of it.
+Read formulas.py, which is the mathematics, then diagonal.py, which makes an operator of it
+(docs/resolvent.md); mixer.py, memory.py and phase2.py for the model (docs/phase2-model.md). Importing this
+package, `shapes` or `cost` does not import torch: names are imported when they are first asked for.
 """
 
-from assay.systems.resolvent.diagonal import IMPLEMENTATIONS, resolvent_diagonal
+from __future__ import annotations
 
-__all__ = ["IMPLEMENTATIONS", "resolvent_diagonal"]
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from assay.systems.resolvent.diagonal import IMPLEMENTATIONS, resolvent_diagonal
+    from assay.systems.resolvent.phase2 import Phase2Model, Phase2State, create_phase2_model
+    from assay.systems.resolvent.shapes import PRESETS, Phase2Config
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PRESETS",
+    "Phase2Config",
+    "Phase2Model",
+    "Phase2State",
+    "create_phase2_model",
+    "resolvent_diagonal",
+]
+
+_HOME = {
+    "IMPLEMENTATIONS": "diagonal",
+    "PRESETS": "shapes",
+    "Phase2Config": "shapes",
+    "Phase2Model": "phase2",
+    "Phase2State": "phase2",
+    "create_phase2_model": "phase2",
+    "resolvent_diagonal": "diagonal",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
