@@ -1,10 +1,11 @@
 """The GPU programme: every run whose figures docs/results.md states, one after the other.
 
-    python3 scripts/h200.py [--only NAME,...] [--out FOLDER]
+    python3 scripts/h200.py [--only NAME,...] [--gpus 0,1,...] [--out FOLDER]
 
 Each run goes through the public command line; its records end up in FOLDER/NAME.jsonl. The doctor goes first
 where this machine's ceilings are not known yet, and `two-gpus` is left out where there is one. A run that
 fails is reported and the rest go on; the exit status is the number of runs whose exit code was not expected.
+With --gpus each run has GPUs of its own, and the arms of a run still alternate on the same one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,6 +28,7 @@ import torch
 from assay.measure import device
 
 MUTANT = "tests/mutants/decoder.py:{}"
+GRAPHED = "'sdpa[cache=static,cuda_graph=true]'"  # torch's own kernels, no launches: what fusion adds to
 # name -> (arguments of `assay`, expected exit code)
 RUNS: dict[str, tuple[str, int]] = {
     "doctor": ("doctor --device cuda", 0),
@@ -40,28 +44,33 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "qwen3-0.6b": (
-        "compare fused[cuda_graph=false] fused --device cuda --workload generate --shape qwen3-0.6b "
-        "--dtype bf16 --warmup-steps 3 --time-budget 5",
+        f"compare {GRAPHED} fused --device cuda --workload generate --shape qwen3-0.6b "
+        "--dtype bf16 --warmup-steps 3 --time-budget 10",
         0,
     ),
     "qwen3-0.6b-batch": (
-        "compare fused[cuda_graph=false] fused --device cuda --workload generate --shape qwen3-0.6b "
-        "--dtype bf16 --gen-batch-size 16 --warmup-steps 3 --launches 2 --time-budget 4",
+        f"compare {GRAPHED} fused --device cuda --workload generate --shape qwen3-0.6b "
+        "--dtype bf16 --gen-batch-size 16 --warmup-steps 3 --time-budget 10",
+        0,
+    ),
+    "qwen3-0.6b-hf": (
+        "compare hf fused --device cuda --workload generate --shape qwen3-0.6b "
+        "--dtype bf16 --warmup-steps 1 --launches 2 --time-budget 2",
         0,
     ),
     "llama-8b": (
-        "compare fused[cuda_graph=false] fused --device cuda --workload generate --shape llama-8b "
-        "--dtype bf16 --warmup-steps 3 --launches 2 --time-budget 4",
+        f"compare {GRAPHED} fused --device cuda --workload generate --shape llama-8b "
+        "--dtype bf16 --warmup-steps 3 --time-budget 5",
         0,
     ),
     "prefill": (
-        "compare compile fused --device cuda --workload generate --shape qwen3-0.6b --dtype bf16 "
+        f"compare {GRAPHED} fused --device cuda --workload generate --shape llama-1b --dtype bf16 "
         "--gen-input-length 128,1024,4096,16384 --gen-output-length 8 --warmup-steps 3 --launches 2 "
         "--time-budget 3",
         0,
     ),
     "attribution": (
-        "compare eager fused --attribute --device cuda --workload infer --launches 2 --time-budget 2",
+        "compare eager fused --attribute --device cuda --workload infer --time-budget 5",
         0,
     ),
     "two-gpus": (
@@ -75,44 +84,85 @@ RUNS: dict[str, tuple[str, int]] = {
 }
 
 
+NEEDS = {"two-gpus": 2}  # GPUs, where more than one
+
+
 def main() -> int:
     """Run what was asked for and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default=",".join(RUNS), help="names, separated by commas")
+    parser.add_argument("--only", default=",".join(RUNS), help="names, separated by commas, longest first")
+    parser.add_argument("--gpus", default="", help="numbers: runs go side by side, each on GPUs of its own")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/h200")))
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    names = arguments.only.split(",")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    names, gpus = arguments.only.split(","), [gpu for gpu in arguments.gpus.split(",") if gpu]
+    for name in [name for name in names if NEEDS.get(name, 1) > (len(gpus) or torch.cuda.device_count())]:
+        print(f"== {name}: left out, it needs {NEEDS[name]} GPUs", flush=True)
+        names.remove(name)
+    if gpus:
+        return side_by_side([name for name in names if name != "doctor"], gpus, arguments.out)
     if "doctor" not in names and not device.load_ceilings("cuda"):
         names.insert(0, "doctor")
-    if "two-gpus" in names and torch.cuda.device_count() < 2:
-        print("== two-gpus: left out, one device here", flush=True)
-        names.remove("two-gpus")
-    wrong = 0
-    for name in names:
-        command, expected = RUNS[name]
-        wrong += run(name, command, expected, arguments.out)
-    return wrong
+    return sum(run(name, arguments.out) for name in names)
 
 
-def run(name: str, command: str, expected: int, out: Path) -> bool:
-    """One run of the command line; copies its records. True where the exit code was another one."""
+def side_by_side(names: list[str], gpus: list[str], out: Path) -> int:
+    """The doctor on every GPU, then the runs, each as soon as the GPUs it needs are free."""
+    free, changed = list(gpus), threading.Condition()
+
+    def on_free(name: str) -> bool:
+        with changed:
+            changed.wait_for(lambda: len(free) >= NEEDS.get(name, 1))
+            mine = [free.pop(0) for _ in range(NEEDS.get(name, 1))]
+        try:
+            return run(name, out, mine)
+        finally:
+            with changed:
+                free.extend(mine)
+                changed.notify_all()
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        try:
+            wrong = sum(pool.map(lambda gpu: run("doctor", out, [gpu]), gpus))
+            return wrong + sum(pool.map(on_free, names))
+        except SystemExit:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in RUNNING:
+                child.terminate()
+            raise
+
+
+RUNNING: set[subprocess.Popen[bytes]] = set()
+
+
+def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
+    """One run of the command line; copies its records. True where the exit code was another one.
+
+    On given GPUs its output is kept and printed in one piece.
+    """
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    command, expected = RUNS[name]
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb+") as log:
         place = Path(folder) / "run"
         parts = [sys.executable, "-m", "assay", *shlex.split(command)]
         if parts[3] == "compare":
             parts += ["--dir", str(place), "--output", str(Path(folder) / "seed.json")]
         print(f"== {name}: assay {command}", flush=True)
-        child = subprocess.Popen(parts)
+        seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        sink = log if gpus else None
+        child = subprocess.Popen(parts, env={**os.environ, **seen}, stdout=sink, stderr=sink)
+        RUNNING.add(child)
         try:
             code = child.wait()
         finally:  # also when this programme is stopped: the device time is paid for
             child.terminate()
             child.wait()
-            out.mkdir(parents=True, exist_ok=True)
+            RUNNING.discard(child)
             if (place / "records.jsonl").exists():
                 shutil.copy(place / "records.jsonl", out / f"{name}.jsonl")
+            log.seek(0)
+            print(log.read().decode(errors="replace"), end="", flush=True)
     took = time.monotonic() - begin
     print(f"== {name}: exit {code}, expected {expected}, {took:.0f} s", flush=True)
     return code != expected

@@ -6,14 +6,14 @@ python scripts/results.py
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from assay.config import from_mapping
 from assay.measure.record import Record
 from assay.measure.store import read_records
 from assay.measure.verdict import Comparison
-from assay.report import facts, words
+from assay.report import attribution, facts, sweeps, words
 from assay.report.view import ArmView, CaseView, case_views
 from assay.show import judged
 
@@ -45,9 +45,26 @@ def section(name: str, command: str) -> str:
     records = read_records(path)
     comparisons = judged(records, from_mapping(records[0].config, path.name))
     lines = [f"## {name}", "", f"    assay {command}", "", where(records), ""]
-    for view in case_views(records, comparisons):
+    views = case_views(records, comparisons)
+    for view in views:
         lines += [*case_lines(view), ""]
+    for sweep in sweeps.sweeps(views):
+        headers, numbers = facts.sweep_headers(sweep), facts.sweep_numbers(sweep)
+        lines += [
+            f"**{sweep.title}**: {sweep.details}",
+            "",
+            *table(headers, facts.sweep_cells(sweep), numbers),
+            "",
+        ]
     return "\n".join(lines)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str]) -> Iterator[str]:
+    """A pipe table; `numbers` names the columns that are aligned to the right."""
+    yield "| " + " | ".join(headers) + " |"
+    yield "|" + "|".join("---:" if header in numbers else "---" for header in headers) + "|"
+    for cells in rows:
+        yield "| " + " | ".join(cells) + " |"
 
 
 def where(records: Sequence[Record]) -> str:
@@ -67,11 +84,15 @@ def case_lines(view: CaseView) -> Iterator[str]:
     """A table of the case's arms, a sentence for each comparison, then each phase under the roofs."""
     yield f"**{view.case}**"
     yield ""
-    yield "| arm | median | ratio to baseline | verdict | peak MiB | MFU | MBU | first call |"
-    yield "|---|---:|---:|---|---:|---:|---:|---:|"
+    if contributions := attribution.cells(view):
+        yield from table(attribution.HEADERS, contributions, attribution.NUMBERS)
+        for remark in attribution.remarks(view):
+            yield f"\n{remark}"
+        return
     by_other = {c.other: c for c in view.comparisons}
-    for arm in view.arms:
-        yield row(arm, by_other.get(arm.name))
+    headers = ("arm", "median", "ratio to baseline", "verdict", "peak MiB", "MFU", "MBU", "first call")
+    rows = (row(arm, by_other.get(arm.name)) for arm in view.arms)
+    yield from table(headers, rows, ("median", *headers[4:]))
     for comparison in view.comparisons:
         yield ""
         yield words.sentence(comparison) + "."
@@ -79,18 +100,15 @@ def case_lines(view: CaseView) -> Iterator[str]:
         yield ""
         yield facts.roof_words(points)
         yield ""
-        yield "| " + " | ".join(facts.ROOF_HEADERS) + " |"
-        rule = ("---:" if header in facts.ROOF_NUMBERS else "---" for header in facts.ROOF_HEADERS)
-        yield f"|{'|'.join(rule)}|"
-        for cells in facts.roof_cells(points):
-            yield f"| {cells[0]} | `{cells[1]}` | {' | '.join(cells[2:])} |"
+        code = ((cells[0], f"`{cells[1]}`", *cells[2:]) for cells in facts.roof_cells(points))
+        yield from table(facts.ROOF_HEADERS, code, facts.ROOF_NUMBERS)
 
 
-def row(arm: ArmView, comparison: Comparison | None) -> str:
+def row(arm: ArmView, comparison: Comparison | None) -> Sequence[str]:
     """One arm."""
     step, cold = arm.point(), arm.cold
     ratio = words.ratio(comparison.interval) if comparison and comparison.interval else "-"
-    cells = [
+    return (
         f"`{arm.name}`",
         words.duration(arm.median_ns()),
         ratio if comparison else "1 (baseline)",
@@ -99,8 +117,7 @@ def row(arm: ArmView, comparison: Comparison | None) -> str:
         words.share(step.mfu),
         words.share(step.mbu),
         f"{cold.first_call_s:.2f} s" if cold else "-",
-    ]
-    return "| " + " | ".join(cells) + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -71,6 +71,15 @@ def test_decoding_of_fused_replays_a_graph_in_a_worker_process() -> None:
     assert fused.status is Status.OK, fused.reason
     assert fused.proof["cuda_graph_replays"] > 0
     assert len(fused.laps_ns["decode"][0]) == 23
+    assert fused.proof["ops._decode_split"] > 0
+    assert fused.proof["ops._stream"] > 0
+
+
+def test_torchs_kernels_behind_a_replayed_graph_prove_their_claims() -> None:
+    arm = "sdpa[cache=static,cuda_graph=true]"
+    plan = make_plan(config("eager", arm, workload="generate", dtype="bf16", isolation="inline"))
+    records = session.run(plan, None, NullObserver()).records
+    assert [r.reason for r in records] == ["", ""]
 
 
 @pytest.mark.parametrize("mutant", ["no_causal_mask", "rope_discarded", "heads_not_transposed_back"])

@@ -105,6 +105,10 @@ def test_a_ratio_has_the_digits_that_its_interval_deserves(half: float, said: st
     assert words.ratio(interval(1.4, 1.4 - half, 1.4 + half)) == said
 
 
+def test_bounds_that_say_nothing_are_not_spelled_out() -> None:
+    assert words.ratio(interval(0.98, 1e-9, 1.2e8)) == "0.98 [<0.001, >1,000]"
+
+
 def test_noise_says_where_it_comes_from_and_what_it_hides() -> None:
     own = Noise(launch_scatter=0.004, block_scatter=0.011, stored=False, smallest_effect=0.009)
     assert words.noise_sentence(own) == (

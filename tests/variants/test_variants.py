@@ -111,6 +111,18 @@ def test_on_cuda_the_fused_decode_claims_replayed_graphs() -> None:
     }
 
 
+def test_a_replayed_graph_is_proved_by_its_kernels_since_it_shows_no_operators() -> None:
+    case, graph = _case("generate", device="cuda"), {"cache": "static", "cuda_graph": True}
+    one = Case(workload="generate", params={**case.params, "gen_batch_size": 1}, dtype="bf16", device="cuda")
+    plain = {c.counter for c in find("variants", "sdpa").claims(case, graph)}
+    assert SDPA not in plain
+    assert "ops._decode_split" in plain
+    assert "ops._stream" not in plain
+    assert "ops._stream" in {c.counter for c in find("variants", "fused").claims(one, {})}
+    two = {c.counter for c in find("variants", "fused").claims(case, {})}  # LENGTHS has two rows
+    assert "ops._stream" not in two
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, when it compiles
 @pytest.mark.parametrize("name", ["compile", "fused"])

@@ -156,13 +156,13 @@ def roof_cells(points: Iterable[Point]) -> list[tuple[str, ...]]:
 
 def roof_words(points: Sequence[Point]) -> str:
     """What MFU and MBU are shares of, or that nobody measured it."""
-    rates: dict[str, None] = {}
+    matrix: dict[str, dict[str, None]] = {}  # dtype -> rates: several ranks have several times the ceiling
     for p in points:
         if p.matrix_rate:
-            rates[f"MFU is the share of {words.rate(p.matrix_rate, 'FLOP/s')} ({p.work.matmul_dtype})"] = None
-    for p in points:
-        if p.memory_rate:
-            rates[f"MBU of {words.rate(p.memory_rate, 'B/s')} (copy)"] = None
+            matrix.setdefault(str(p.work.matmul_dtype), {})[words.rate(p.matrix_rate, "FLOP/s")] = None
+    memory = {words.rate(p.memory_rate, "B/s"): None for p in points if p.memory_rate}
+    rates = [f"MFU is the share of {' or '.join(found)} ({dtype})" for dtype, found in matrix.items()]
+    rates += [f"MBU of {' or '.join(memory)} (copy)"] if memory else []
     said = []
     if rates:
         said.append(f"{', '.join(rates)}: ceilings measured on this machine, which give the floor.")

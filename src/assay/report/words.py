@@ -33,6 +33,7 @@ __all__ = [
 
 UNKNOWN = "-"
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+_TOLD = (0.001, 1000)  # bounds of a ratio beyond these say no more than that they are beyond
 _TIMES = ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1.0, "ns"))
 
 
@@ -128,7 +129,9 @@ def _ratio(middle: float, low: float, high: float) -> str:
     if not all(map(math.isfinite, (low, high))):
         return f"{middle:.2f} [no bound]"
     d = _digits(low, high)
-    return f"{middle:.{d}f} [{low:.{d}f}, {high:.{d}f}]"
+    below = f"{low:.{d}f}" if low >= _TOLD[0] else f"<{_TOLD[0]}"
+    above = f"{high:.{d}f}" if high <= _TOLD[1] else f">{_TOLD[1]:,}"
+    return f"{middle:.{d}f} [{below}, {above}]"
 
 
 def verdict_word(comparison: Comparison) -> str:
