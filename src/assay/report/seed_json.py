@@ -229,7 +229,7 @@ def _verdict(comparison: Comparison) -> Json:
 def _gate(view: CaseView) -> Json:
     figures = [
         {"arm": row.arm, "kind": row.kind, "checks": row.checks, "failed": row.failed}
-        | msgspec.to_builtins(row.worst)
+        | msgspec.to_builtins(msgspec.structs.asdict(row.worst))  # with its defaults: every key, always
         for row in gate_summary(view)
     ]
     return {"case": view.case.id, "workload": view.case.workload, "figures": figures}
