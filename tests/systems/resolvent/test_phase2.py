@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 
 from assay.errors import UsageError
+from assay.systems.decoder.state import named_gradients, named_state
 from assay.systems.resolvent import PRESETS, Phase2Model, Phase2State, create_phase2_model
 from assay.systems.resolvent.cost import least_memory
-from assay.systems.resolvent.phase2 import wide_rows
 from assay.systems.resolvent.reference import phase2_logits
 
 TINY: dict[str, Any] = {
@@ -41,11 +41,12 @@ def token_ids(batch: int, length: int, seed: int = 1) -> Tensor:
 def test_presets_have_the_parameters_that_are_stated(preset: str, millions: str) -> None:
     with torch.device("meta"):
         model = Phase2Model(PRESETS[preset])
-    counted = sum(p.numel() for p in model.parameters())
+    counted = sum(t.numel() for t in named_state(model).values())
     assert f"{counted / 1e6:.1f}" == millions
     assert counted == PRESETS[preset].parameters
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == PRESETS[preset].trained_parameters
+    assert counted - model.position.numel() == PRESETS[preset].trained_parameters
+    padding = sum(p.numel() for p in model.parameters()) - counted
+    assert padding == 47 * PRESETS[preset].d_model  # 50257 rows of the head to 50304
 
 
 def test_same_seed_same_weights_in_every_dtype() -> None:
@@ -93,19 +94,19 @@ def test_what_is_wrong_gets_one_line(call: Callable[[], object], line: str) -> N
 @pytest.mark.parametrize("T", [1, 2, 7, 20, 33])
 def test_logits_and_gradients_are_the_references(T: int) -> None:
     model, ids_BT = tiny(dtype=torch.float64), token_ids(2, T)
-    state = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    state = {n: p.clone().requires_grad_() for n, p in named_state(model).items()}
     found, expected = model(ids_BT), phase2_logits(state, model.config, ids_BT)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
-    for name, parameter in model.named_parameters():
+    for name, gradient in named_gradients(model).items():
         if name == "position":
-            assert parameter.grad is None
+            assert gradient is None
         elif state[name].grad is None:  # the couplings of a single position
             assert T == 1
         else:
-            torch.testing.assert_close(parameter.grad, state[name].grad, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(gradient, state[name].grad, rtol=1e-9, atol=1e-11)
 
 
 def test_a_carried_state_continues_memory_and_positions() -> None:
@@ -174,11 +175,14 @@ def test_logits_lie_in_aligned_rows_and_can_be_flattened_without_a_copy() -> Non
     assert logits_BTV.view(-1, 57).data_ptr() == logits_BTV.data_ptr()
 
 
-def test_wide_rows_is_a_linear_layer_to_autograd_and_to_the_compiler() -> None:
-    x_RD, weight_VD = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (3, 5))
-    assert torch.autograd.gradcheck(lambda x, w: wide_rows(x, w)[:, :5], (x_RD, weight_VD))
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(wide_rows, (x_RD, weight_VD), test_utils=checks)  # type: ignore[no-untyped-call]
+def test_the_heads_padding_stays_zero_and_no_checkpoint_has_it() -> None:
+    model = tiny()
+    assert model.head.weight.shape == (64, 24)
+    assert named_state(model)["head.weight"].shape == (57, 24)
+    model(token_ids(2, 5)).square().mean().backward()
+    assert model.head.weight.grad is not None
+    assert not model.head.weight.grad[57:].any()
+    assert not model.head.weight[57:].any()
 
 
 @pytest.mark.slow

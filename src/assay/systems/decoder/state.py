@@ -33,7 +33,8 @@ def named_gradients(module: nn.Module) -> dict[str, Tensor | None]:
 def by_checkpoint_name(module: nn.Module, own: Mapping[str, T]) -> dict[str, T]:
     """The tensors of own parameters under the names of a checkpoint: merged ones split into their slices.
 
-    A module that merges projections has `pieces`, their names and widths in order.
+    A module that merges projections has `pieces`, their names and widths in order; rows beyond them are
+    padding, which no checkpoint has.
     """
     merged = dict(_merged(module))
     found: dict[str, T] = {}
@@ -43,9 +44,10 @@ def by_checkpoint_name(module: nn.Module, own: Mapping[str, T]) -> dict[str, T]:
         if pieces is None:
             found[name] = tensor
             continue
-        parts = [None] * len(pieces) if tensor is None else torch.split(tensor, list(pieces.values()))
-        stem = layer.rpartition(".")[0]
-        found |= {f"{stem}.{piece}.{kind}": part for piece, part in zip(pieces, parts, strict=True)}
+        widths, stem = list(pieces.values()), layer.rpartition(".")[0]
+        parts = [None] * len(pieces) if tensor is None else torch.split(tensor[: sum(widths)], widths)
+        names = (f"{stem}.{piece}.{kind}".removeprefix(".") for piece in pieces)
+        found |= dict(zip(names, parts, strict=True))
     return found
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,22 @@ class Block(nn.Module):
         return x_BTD + fed_BTD, memory
 
 
+class Head(nn.Linear):
+    """Logits of V tokens. Rows of zeros fill the weight up to a multiple of 64; no checkpoint has them.
+
+    A matrix unit works at full width only where rows of its result begin aligned, and an odd V (50257) leaves
+    none that do. The product is made for all rows, and the logits are a view of it: 0.1% more of both,
+    whereas padding weight or result at each call would copy one of them.
+    """
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__(width, -(-vocab_size // _ALIGNED) * _ALIGNED, bias=False)
+        self.pieces = {"head": vocab_size}  # what a checkpoint knows: state.named_state
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return super().forward(x_BTD)[..., : self.pieces["head"]]
+
+
 class Phase2Model(nn.Module):
     """See create_phase2_model. Positions beyond `n_seq` and couplings of longer calls are made as needed."""
 
@@ -77,7 +93,7 @@ class Phase2Model(nn.Module):
             Block(config, implementation) for _ in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(config.d_model)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size)
 
     @overload
     def forward(self, input_ids: Tensor, state: Phase2State | None = None) -> Tensor: ...
@@ -104,7 +120,7 @@ class Phase2Model(nn.Module):
         for layer, block in enumerate(self.blocks):
             x_BTD, memory = block(x_BTD, h[layer], state.memory[layer] if state else None)
             memories.append(memory)
-        logits_BTV = self._logits(self.norm(x_BTD))
+        logits_BTV: Tensor = self.head(self.norm(x_BTD))
         if not return_state:
             return logits_BTV
         return logits_BTV, Phase2State(tuple(memories), seen + input_ids.shape[1])
@@ -117,11 +133,6 @@ class Phase2Model(nn.Module):
         more = count - stored.shape[0]
         made = waves(start + count - more, more, self.config.d_model, stored.device)
         return torch.cat((stored, made.to(stored.dtype)))
-
-    def _logits(self, x_BTD: Tensor) -> Tensor:
-        x_BTD, weight_VD = _as_autocast(x_BTD, self.head.weight)
-        rows: Tensor = wide_rows(x_BTD.flatten(0, 1), weight_VD)
-        return rows[:, : self.config.vocab_size].view(*x_BTD.shape[:2], -1)
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
@@ -198,6 +209,8 @@ def initialise(model: Phase2Model, generator: torch.Generator | None) -> None:
             noise /= math.sqrt(parameter.shape[1])
         if name.endswith(("out.weight", "down.weight")):
             noise /= writers
+        if name == "head.weight":
+            noise[model.config.vocab_size :] = 0
         parameter.copy_(noise)
     heads = model.config.n_heads
     rates = torch.logspace(-1, -6, heads, base=2) if heads > 1 else torch.full((1,), 0.125)
@@ -214,45 +227,3 @@ def waves(start: int, count: int, width: int, device: torch.device | None = None
     columns = torch.arange(0, width, 2, device=device, dtype=torch.float64)
     turns = positions[:, None] * torch.exp(columns * (-math.log(10000.0) / width))
     return torch.stack((turns.sin(), turns.cos()), -1).flatten(1)[:, :width]
-
-
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
-
-
-@torch.library.custom_op("assay::wide_rows", mutates_args=())
-def wide_rows(x_RD: Tensor, weight_VD: Tensor) -> Tensor:
-    """x W^T in rows that are a multiple of 64 long, (R, >= V): what follows the V logits is not written.
-
-    An odd V (50257) leaves rows where matrix units cannot store at full width; a longer row costs 0.1% of
-    memory, whereas to pad the weight or the result would copy either.
-    """
-    rows = x_RD.new_empty(x_RD.shape[0], _row(weight_VD))
-    torch.mm(x_RD, weight_VD.T, out=rows[:, : weight_VD.shape[0]])
-    return rows
-
-
-@wide_rows.register_fake
-def _(x_RD: Tensor, weight_VD: Tensor) -> Tensor:
-    return x_RD.new_empty(x_RD.shape[0], _row(weight_VD))
-
-
-def _row(weight_VD: Tensor) -> int:
-    return -(-weight_VD.shape[0] // _ALIGNED) * _ALIGNED
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    del output
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx: Any, grad_RV: Tensor) -> tuple[Tensor, Tensor]:
-    x_RD, weight_VD = ctx.saved_tensors
-    grad_RV = grad_RV[:, : weight_VD.shape[0]]
-    return grad_RV @ weight_VD, grad_RV.T @ x_RD
-
-
-wide_rows.register_autograd(_gradients, setup_context=_keep)
