@@ -69,7 +69,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "wire": ("errors", "measure"),
     "channel": CORE,
     "session": (*CORE, "worker"),  # the latter for `--isolation inline` only
-    "worker": CORE,
+    "oracle": CORE,
+    "worker": (*CORE, "oracle"),
     "ranks": (*CORE, "worker"),
     "doctor": (*CORE, "report", "session"),
     "show": (*CORE, "report", "session", "suite"),

@@ -30,8 +30,9 @@ from assay.wire import (
     Sample,
     Sampled,
     Warm,
+    as_failure,
 )
-from assay.worker import Runner, as_failure, kernel_times_ns, open_runner
+from assay.worker import Runner, kernel_times_ns, open_runner
 from tests.sessions import measured, tiny
 
 PHASES = {

@@ -16,6 +16,7 @@ __all__ = [
     "UsageError",
     "WorkerError",
     "nearest",
+    "one_line",
 ]
 
 
@@ -65,6 +66,11 @@ class WorkerError(AssayError):
     def __init__(self, status: str, reason: str) -> None:
         self.status = status
         super().__init__(reason)
+
+
+def one_line(error: BaseException, limit: int = 500) -> str:
+    """`ValueError: what it said`, on one line of at most `limit` characters after the name."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

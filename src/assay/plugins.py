@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from assay.errors import UsageError, nearest
+from assay.errors import UsageError, nearest, one_line
 
 __all__ = ["GROUPS", "find", "find_variant", "is_target", "load_target", "names", "shapes", "summaries"]
 
@@ -74,7 +74,7 @@ def summaries(group: str) -> dict[str, str]:
         try:
             found[name] = str(find(group, name).summary)
         except Exception as e:
-            found[name] = f"does not import: {_one_line(e)}"
+            found[name] = f"does not import: {one_line(e)}"
     return found
 
 
@@ -121,10 +121,6 @@ def load_target(text: str, expected: str = "a builder") -> Callable[..., Any]:
     return built
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def _load_module(place: str) -> ModuleType:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -133,7 +129,7 @@ def _load_module(place: str) -> ModuleType:
     except (Exception, SystemExit) as e:
         raise UsageError(
             f"module '{place}' does not import",
-            got=_one_line(e),
+            got=one_line(e),
             remedy="run from the folder that holds it, or install it",
         ) from e
 
@@ -152,5 +148,5 @@ def _load_file(place: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
-        raise UsageError(f"'{place}' does not import", got=_one_line(e)) from e
+        raise UsageError(f"'{place}' does not import", got=one_line(e)) from e
     return module

@@ -35,8 +35,8 @@ from assay.errors import Unavailable
 from assay.measure import clock
 from assay.measure.clock import Clock, Step, Timing
 from assay.measure.record import Memory
-from assay.wire import Failure, Finished, Gated, Open, Opened, Reply, Request, pack, read_frame
-from assay.worker import Runner, as_failure, import_torch, open_runner
+from assay.wire import Failure, Finished, Gated, Open, Opened, Reply, Request, as_failure, pack, read_frame
+from assay.worker import Runner, import_torch, open_runner
 
 __all__ = ["Ranks", "TogetherClock", "launch", "main", "merged", "serve"]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from assay.errors import Unavailable, UsageError, one_line
 from assay.measure.clock import Timing
 from assay.measure.loop import WarmUp
 from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Scalar, Work
@@ -35,6 +36,7 @@ __all__ = [
     "Sample",
     "Sampled",
     "Warm",
+    "as_failure",
     "pack",
     "read_frame",
 ]
@@ -166,6 +168,18 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Request = Open | Oracle | Check | Build | MeasureMemory | Gate | Warm | Sample | Finish
 Reply = Opened | OracleMade | Gated | Built | Memory | Ready | Sampled | Finished | Failure
+
+
+def as_failure(error: Exception, arm: str) -> Failure:
+    """The status and the one line that an exception stands for."""
+    name, _, text = one_line(error).partition(": ")
+    if isinstance(error, Unavailable):
+        return Failure(status="unavailable", reason=error.reason, remedy=error.remedy)
+    if isinstance(error, UsageError):
+        return Failure(status="usage", reason=text)
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate" in text:
+        return Failure(status="out_of_memory", reason=f"'{arm}' ran out of memory: {text[:200]}")
+    return Failure(status="error", reason=f"'{arm}' raised {name}: {text}")
 
 
 def pack(message: Request | Reply) -> bytes:

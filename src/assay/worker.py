@@ -29,11 +29,11 @@ from assay.measure import clock, device, environment, memory, validity
 from assay.measure.busy import busy_us
 from assay.measure.loop import Sampler
 from assay.measure.record import Cold, Figure, Memory, Scalar
+from assay.oracle import STAGES, OracleMaker, at, captured, load_answers, probe_figures, state_path
 from assay.wire import (
     Build,
     Built,
     Check,
-    Failure,
     Finish,
     Finished,
     Gate,
@@ -49,6 +49,7 @@ from assay.wire import (
     Sample,
     Sampled,
     Warm,
+    as_failure,
     pack,
     read_frame,
 )
@@ -56,18 +57,9 @@ from assay.wire import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Runner", "as_failure", "import_torch", "main", "open_runner"]
+__all__ = ["Runner", "import_torch", "main", "open_runner"]
 
-STAGES = {"before": 1, "after": 2}  # input streams of the gate
-PARAMETER_DTYPE = {"bf16": "bfloat16", "fp16": "float16"}  # the others keep float32 weights
-DOUBLE_ORACLE_PARAMETERS = 5e8  # above, a low-precision case has a float32 oracle
-LARGE_ORACLE_BYTES = 1 << 30  # above, the oracle's float64 answers are stored in float32
 PHASE_END = "assay.end_of."  # names the events of a profile that end its phases
-
-
-def at(case: Case, dtype: str) -> Case:
-    """The case in another dtype."""
-    return msgspec.structs.replace(case, dtype=dtype)
 
 
 def at_seed(case: Case, more: int) -> Case:
@@ -119,7 +111,7 @@ class Runner:
     def _answer(self, request: Request) -> Reply:
         match request:
             case Oracle():
-                return self.make_oracle(request.budget_flops)
+                return self._oracle().make(request.budget_flops)
             case Check():
                 return self.check(request.made)
             case Build():
@@ -143,161 +135,17 @@ class Runner:
 
     # -- oracle and meaning -----------------------------------------------------------------------
 
-    def make_oracle(self, budget_flops: float) -> OracleMade:
-        """Canonical weights, then the oracle's answers to both stages' inputs, into the scratch folder."""
-        state = {} if self.variant.opaque else self._canonical_state()
-        unraised = self._unraised()
-        above = self.case.dtype if unraised else self._above(state)
-        with self._reference(above, state) as oracle:
-            case, answers = self._fitting_answers(oracle, self._gate_case(oracle, budget_flops), above)
-            not_applicable = [
-                f"{f.quantity}: the baseline itself does not pass it, {f.where}"
-                for f in self._probe(oracle, at(case, above))
-                if not f.passed
-            ]
-        for stage, tensors in answers.items():
-            _save(_compact(tensors), self._oracle_path(stage))
-        norms = {stage: gate.gradient_norm(tensors) for stage, tensors in answers.items()}
-        reference = self._reference_errors(case, state, answers, alone=bool(unraised))
-        return OracleMade(
-            case=case,
-            oracle=f"{self.arm.name} itself" if unraised else self._oracle_name(above),
-            state=_state_digest(state),
-            reference=reference,
-            grad_norms=norms,
-            not_applicable=[*not_applicable, unraised]
-            if self.workload.functions and unraised
-            else not_applicable,
+    def _oracle(self) -> OracleMaker:
+        return OracleMaker(
+            self.case, self.arm.name, self.variant, self.workload, self.scratch, self._construct
         )
-
-    def _unraised(self) -> str:
-        """Why the reference cannot be its own oracle at a higher precision; empty where it can."""
-        if not self.variant.opaque or self.variant.oracle is not None:
-            return ""
-        if not self.workload.functions:
-            return "functions are called with the inputs as they are"
-        found: dict[str, str] = {}
-        try:
-            for dtype in ("fp64", self.case.dtype):
-                with self._reference(dtype, {}) as function:
-                    answers = self.workload.expected(function, at(self.case, dtype), STAGES["before"])
-                found[dtype] = gate.below_float64(answers)
-        except Exception as e:
-            if as_failure(e, self.arm.name).status == "out_of_memory":
-                raise
-            return f"float64 oracle: {self.arm.name} raises {type(e).__name__} there: {_one_line(e)}"
-        if found["fp64"]:
-            return f"float64 oracle: {self.arm.name} gives {found['fp64']} there"
-        return "" if found[self.case.dtype] else f"float64 oracle: {self.arm.name} is no less precise itself"
-
-    def _oracle_name(self, above: str) -> str:
-        if self.variant.oracle is not None:
-            return f"reference implementation in {above}"
-        return f"{self.arm.name} in {above}"
-
-    def _canonical_state(self) -> dict[str, Tensor]:
-        """The first arm's weights, rounded to the case's dtype before anybody sees them."""
-        import torch
-
-        dtype = getattr(torch, PARAMETER_DTYPE.get(self.case.dtype, "float32"))
-        with self._entered(self._construct(at(self.case, "fp32"))) as system:
-            state = {
-                name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.detach().cpu()).clone()
-                for name, t in system.state().items()
-            }
-        _save(state, self.scratch / f"state-{self.case.id}.pt")
-        return state
-
-    def _above(self, state: Mapping[str, Tensor]) -> str:
-        """One precision above the case, or two where that is affordable."""
-        size = sum(t.numel() for t in state.values())
-        return "fp64" if self.case.dtype == "fp32" or size <= DOUBLE_ORACLE_PARAMETERS else "fp32"
-
-    @contextmanager
-    def _reference(self, dtype: str, state: Mapping[str, Tensor]) -> Iterator[Any]:
-        """The oracle's implementation in a dtype, with the canonical weights."""
-        case = at(self.case, dtype)
-        system = self.variant.oracle(case) if self.variant.oracle else self._construct(case)
-        with self._entered(system):
-            if state:
-                system.load(state)  # type: ignore[attr-defined]  # a system that shares weights has it
-            yield system
-
-    def _gate_case(self, oracle: Any, budget_flops: float) -> Case:
-        """The case itself where one answer of the oracle fits the budget, else the first smaller one."""
-        case = self.case
-        while self._flops(oracle, case) > budget_flops:
-            smaller = self.workload.smaller(case)
-            if smaller is None:
-                break
-            case = smaller
-        return case
-
-    def _fitting_answers(
-        self, oracle: Any, case: Case, above: str
-    ) -> tuple[Case, dict[str, dict[str, Tensor]]]:
-        """The oracle's answers to both stages, on a smaller case while memory does not hold them."""
-        while True:
-            try:
-                found = {s: self._answers(oracle, at(case, above), n) for s, n in STAGES.items()}
-            except Exception as e:
-                smaller = self.workload.smaller(case)
-                if as_failure(e, self.arm.name).status != "out_of_memory" or smaller is None:
-                    raise
-                case = smaller
-            else:
-                return case, found
-
-    @staticmethod
-    def _flops(oracle: Any, case: Case) -> float:
-        stated = oracle.work(case.workload, case.params) if hasattr(oracle, "work") else {}
-        return sum(w.flops or 0.0 for name, w in stated.items() if name != "step")
-
-    def _answers(self, system: Any, case: Case, stream: int) -> dict[str, Tensor]:
-        with _captured(system) as layers:
-            found = dict(self.workload.expected(system, case, stream))
-        return found | {f"layer:{name}": t for name, t in layers.items()}
-
-    def _reference_errors(
-        self,
-        case: Case,
-        state: Mapping[str, Tensor],
-        answers: Mapping[str, Mapping[str, Tensor]],
-        *,
-        alone: bool,
-    ) -> dict[str, float]:
-        """The reference at the case's own dtype against the oracle: the yardstick of the precision tier.
-
-        A function that is `alone`, its own oracle at its own precision, sets it by its response to rounding.
-        """
-        if alone:
-            return self._own_response(answers)
-        errors: dict[str, float] = {}
-        with self._reference(self.case.dtype, state) as reference:
-            for stage, stream in STAGES.items():
-                outputs = self.workload.expected(reference, at(case, self.case.dtype), stream)
-                _keep_largest(errors, gate.errors(outputs, answers[stage]))
-                if self.variant.opaque:
-                    _keep_largest(errors, {n: gate.opaque_rounding(t) for n, t in outputs.items()})
-        return errors
-
-    def _own_response(self, answers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-        """An opaque function's response to inputs moved by one unit in the last place."""
-        errors: dict[str, float] = {}
-        with self._entered(self._construct(self.case)) as system:
-            for stage, stream in STAGES.items():
-                moved = system.with_inputs(gate.one_ulp)
-                _keep_largest(
-                    errors, gate.errors(self.workload.expected(moved, self.case, stream), answers[stage])
-                )
-        return {name: max(e, gate.opaque_rounding(answers["before"][name])) for name, e in errors.items()}
 
     def check(self, made: OracleMade) -> Gated:
         """Meaning tier and probes: the arm itself in float32, on the gate's case."""
         if self.variant.opaque:
             return Gated(figures=[])  # the precision of an opaque function cannot be raised
         case = at(made.case, "fp32")
-        oracle = self._load_oracle("before")
+        oracle = load_answers(self.scratch, self.case, "before")
         with self._entered(self._construct(case)) as system:
             figures = self._load_weights(system, "fp32")
             trial = self.workload.prepare(system, case)
@@ -311,20 +159,14 @@ class Runner:
                 grad_norm=made.grad_norms.get("before"),
             )
             skipped = {text.partition(":")[0] for text in made.not_applicable}
-            figures += [f for f in self._probe(system, case) if f.quantity not in skipped]
+            figures += [f for f in probe_figures(self.workload, system, case) if f.quantity not in skipped]
             failed = self._agreed(not all(f.passed for f in figures))
             layer = self._first_layer(system, trial, oracle) if failed else ""
         return Gated(figures=gate.worst(figures), layer=layer)
 
-    def _probe(self, system: Any, case: Case) -> list[Figure]:
-        return [
-            gate.probe_figure(name, *probe.run(system, case), expects_change=probe.expects_change)
-            for name, probe in self.workload.probes.items()
-        ]
-
     def _first_layer(self, system: Any, trial: Trial, oracle: Mapping[str, Tensor]) -> str:
         """Which layer departs first, by hooking the arm's layers on one more pass. Only for the message."""
-        with _captured(system) as layers:
+        with captured(system) as layers:
             trial.outputs(STAGES["before"])
         return gate.first_departing(layers, oracle)
 
@@ -368,7 +210,9 @@ class Runner:
         trial = self._timed() if case == self.case else self.workload.prepare(self._system, case)
         trial.reset()
         outputs = trial.outputs(STAGES[stage])
-        oracle = {n: t for n, t in self._load_oracle(stage).items() if n in made.reference}
+        oracle = {
+            n: t for n, t in load_answers(self.scratch, self.case, stage).items() if n in made.reference
+        }
         figures = gate.judge_outputs(
             "precision",
             stage,
@@ -512,7 +356,7 @@ class Runner:
 
         if self.variant.opaque or self.weights == "own" or self.variant.weights != "shared":
             return []
-        state = torch.load(self.scratch / f"state-{self.case.id}.pt", mmap=True, weights_only=True)
+        state = torch.load(state_path(self.scratch, self.case), mmap=True, weights_only=True)
         system.load(state)
         note = gate.same_state(system.state(), state)
         return [
@@ -526,15 +370,6 @@ class Runner:
                 note=note,
             )
         ]
-
-    def _oracle_path(self, stage: str) -> Path:
-        return self.scratch / f"oracle-{self.case.id}-{stage}.pt"
-
-    def _load_oracle(self, stage: str) -> dict[str, Tensor]:
-        import torch
-
-        loaded: dict[str, Tensor] = torch.load(self._oracle_path(stage), mmap=True, weights_only=True)
-        return loaded
 
     def _timed(self) -> Trial:
         assert self._trial is not None, "Build comes first"
@@ -570,69 +405,8 @@ def _with_zero_operators(
     return zeros | dict(counters)
 
 
-def _keep_largest(into: dict[str, float], found: Mapping[str, float]) -> None:
-    for name, error in found.items():
-        into[name] = max(error, into.get(name, 0.0))
-
-
 def _quantities(oracle: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: t for n, t in oracle.items() if not n.startswith("layer:")}
-
-
-def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Host copies; in float32 where float64 would be very large."""
-    large = sum(t.numel() * t.element_size() for t in tensors.values()) > LARGE_ORACLE_BYTES
-    return {
-        n: t.detach().cpu().float() if large and t.is_floating_point() else t.detach().cpu()
-        for n, t in tensors.items()
-    }
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors for other processes of this run. Their checksums would take most of the time."""
-    import torch
-
-    kept = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(dict(tensors), path)
-    finally:
-        torch.serialization.set_crc32_options(kept)
-
-
-def _state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes, 12 hex digits; empty where there are no weights."""
-    import torch
-
-    if not state:
-        return ""
-    sha = hashlib.sha256()
-    for name, tensor in state.items():
-        sha.update(name.encode())
-        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()[:12]
-
-
-@contextmanager
-def _captured(system: Any) -> Iterator[dict[str, Tensor]]:
-    """The first output of every layer that the system names, by forward hooks, while inside."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            if name not in found and hasattr(value, "detach"):
-                found[name] = value.detach().cpu()
-
-        return hook
-
-    layers = system.layers() if hasattr(system, "layers") else {}
-    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def compiled_graphs() -> int:
@@ -642,26 +416,6 @@ def compiled_graphs() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def as_failure(error: Exception, arm: str) -> Failure:
-    """The status and the one line that an exception stands for."""
-    text = " ".join(str(error).split())[:500]
-    if isinstance(error, Unavailable):
-        return Failure(status="unavailable", reason=error.reason, remedy=error.remedy)
-    if isinstance(error, UsageError):
-        return Failure(status="usage", reason=text)
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate" in text
-    ):
-        return Failure(status="out_of_memory", reason=f"'{arm}' ran out of memory: {text[:200]}")
-    return Failure(status="error", reason=f"'{arm}' raised {type(error).__name__}: {text}")
 
 
 def open_runner(

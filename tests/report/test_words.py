@@ -117,6 +117,8 @@ def test_noise_says_where_it_comes_from_and_what_it_hides() -> None:
     )
     bare = Noise(launch_scatter=None, block_scatter=0.011, stored=False, smallest_effect=None)
     assert words.noise_sentence(bare).startswith("noise unknown between launches")
+    blind = Noise(launch_scatter=0.9, block_scatter=2.0, stored=False, smallest_effect=3e7)
+    assert words.noise_sentence(blind).endswith("even a tenfold effect could not have been seen")
 
 
 def test_unknown_share_is_a_dash_and_never_a_number() -> None:

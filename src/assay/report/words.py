@@ -198,6 +198,8 @@ def noise_sentence(noise: Noise) -> str:
     said = f"noise {between}, {percent(noise.block_scatter)} between blocks"
     if noise.smallest_effect is None:
         return f"{said}; the smallest effect that could be seen is unknown"
+    if noise.smallest_effect > 9:
+        return f"{said}; even a tenfold effect could not have been seen"
     return f"{said}; an effect below {percent(noise.smallest_effect)} could not have been seen"
 
 
