@@ -45,8 +45,9 @@ def arms() -> Iterator[tuple[Any, torch.dtype]]:
 
 
 def value(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, name: Any, dtype: torch.dtype) -> torch.Tensor:
-    tensors = [t.to(DEVICE if name in ("pcr", "triton", "serial") else "cpu", dtype) for t in (a, b, c)]
-    return resolvent_diagonal(*tensors, 0.1 + 0.1j, implementation=name).cpu()
+    device = DEVICE if name in ("pcr", "triton", "serial") else "cpu"
+    a, b, c = (t.to(device, dtype) for t in (a, b, c))
+    return resolvent_diagonal(a, b, c, 0.1 + 0.1j, implementation=name).cpu()
 
 
 def report(

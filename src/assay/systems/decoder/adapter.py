@@ -19,7 +19,13 @@ from assay.systems.decoder.generation import Counters, PlainDecoding, RecomputeD
 from assay.systems.decoder.model import Decoder, MergedLinear
 from assay.systems.decoder.precision import cast, precision
 from assay.systems.decoder.shapes import DecoderConfig
-from assay.systems.decoder.state import load_strict, named_gradients, named_state, tied_names
+from assay.systems.decoder.state import (
+    by_checkpoint_name,
+    load_strict,
+    named_gradients,
+    named_state,
+    tied_names,
+)
 
 __all__ = ["OPTIMIZERS", "ModuleLM", "build_module"]
 
@@ -198,9 +204,10 @@ class ModuleLM:
 
     def describe(self) -> dict[str, Scalar]:
         """Parameters, where the weights come from, and the configuration's summary where it is known."""
+        parameters = by_checkpoint_name(self.module, dict(self.module.named_parameters()))
         facts: dict[str, Scalar] = {
             "model": type(self.module).__name__,
-            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "parameters": sum(t.numel() for t in parameters.values()),
             "weights": self._weights,
             "vocab_size": self.vocab_size,
         }

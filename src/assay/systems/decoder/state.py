@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from assay.errors import UsageError
 
-__all__ = ["load_strict", "named_gradients", "named_state", "tied_names"]
+__all__ = ["by_checkpoint_name", "load_strict", "named_gradients", "named_state", "tied_names"]
 
 T = TypeVar("T", Tensor, Tensor | None)
 
