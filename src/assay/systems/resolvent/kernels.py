@@ -50,6 +50,7 @@ class Block(NamedTuple):
     lanes: int
     elements: int
     warps: int
+    registers: int | None = None  # the most a thread may take; None: as many as it wants
 
 
 def choose(rows: int, N: int, *, gradient: bool = False) -> Block:
@@ -110,11 +111,20 @@ def _parts(x):
 
 
 @triton.jit
+def _before(i, end, inside):
+    """Where i is before the end of a real row: everywhere where `end` is None, so that no mask is made."""
+    if end is None:
+        return inside
+    else:
+        return inside & (i < end)
+
+
+@triton.jit
 def _store_two(out, first, second, column, end, inside):
     """Neighbours first and second, int64 (R, L), at column and column + 1; `inside` (R, 1) are real rows."""
     j = tl.arange(0, 2)[None, None, :]
     at = column[:, :, None] + j
-    tl.store(out[:, :, None] + at, tl.join(first, second), mask=inside[:, :, None] & (at < end))
+    tl.store(out[:, :, None] + at, tl.join(first, second), mask=_before(at, end, inside[:, :, None]))
 
 
 @triton.jit
@@ -152,9 +162,12 @@ def _shrink(m):
 
 @triton.jit
 def _scaled(ar, ai, br, bi, cr, ci, dr, di):
-    first = tl.maximum(tl.maximum(tl.abs(ar), tl.abs(ai)), tl.maximum(tl.abs(cr), tl.abs(ci)))
-    second = tl.maximum(tl.maximum(tl.abs(br), tl.abs(bi)), tl.maximum(tl.abs(dr), tl.abs(di)))
-    s = _shrink(tl.maximum(first, second))
+    """[[a, b], [c, d]] so that the largest part of a and c is in [1, 2).
+
+    b / a and d / c are what leaves to the other side, k / e or 1 / e: bounded as pivots are, and the sums
+    of products of two such numbers are far from overflow. a = c = 0 only where the row is singular.
+    """
+    s = _shrink(tl.maximum(tl.maximum(tl.abs(ar), tl.abs(ai)), tl.maximum(tl.abs(cr), tl.abs(ci))))
     return ar * s, ai * s, br * s, bi * s, cr * s, ci * s, dr * s, di * s
 
 
@@ -199,43 +212,43 @@ def _z(z, z_re, z_im, Z_TENSOR: tl.constexpr):
 
 @triton.jit
 def _diagonal(
-    a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im,
+    a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im,
     WITH_GAMMA: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """al of a tile as two tuples; rows of 1 after the end, joined to nothing."""
+    """al of a tile as two tuples; after the end it is 1, or 1 - i Im z, joined to nothing."""
     i = start + tl.arange(0, L * E)[None, :]
-    here = inside & (i < N)
+    here = _before(i, end, inside)
     re = tl.load(a + i * a_step, mask=here, other=0.0)
     re = _unpack(tl.where(here, re - z_re, 1.0), R, L, E)
     if WITH_GAMMA:
         gamma = tl.load(gamma + i * gamma_step, mask=here, other=0.0)
         return re, _unpack(tl.where(here, -z_im - gamma, 0.0), R, L, E)
     else:
-        at = start + tl.arange(0, L)[None, :] * E
+        same = tl.zeros((R, L), tl.float32) - z_im
         im = ()
-        for e in tl.static_range(E):
-            im = im + (tl.where(at + e < N, -z_im, 0.0) + tl.zeros((R, L), tl.float32),)
+        for _ in tl.static_range(E):
+            im = im + (same,)
         return re, im
 
 
 @triton.jit
 def _links(
-    b, c, inside, start, N, b_step, c_step,
+    b, c, inside, start, end, b_step, c_step,
     R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """k_{i-1} of a tile's elements as a tuple."""
     i = start + tl.arange(0, L * E)[None, :]
-    here = inside & (i > 0) & (i < N)
+    here = _before(i, end, inside) & (i > 0)
     into = tl.load(b + (i - 1) * b_step, mask=here, other=0.0)
     into *= tl.load(c + (i - 1) * c_step, mask=here, other=0.0)
     return _unpack(into, R, L, E)
 
 
 @triton.jit
-def _side(b, inside, start, N, step, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+def _side(b, inside, start, end, step, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
     """b_{i-1} of a tile's elements as a tuple."""
     i = start + tl.arange(0, L * E)[None, :]
-    return _unpack(tl.load(b + (i - 1) * step, mask=inside & (i > 0) & (i < N), other=0.0), R, L, E)
+    return _unpack(tl.load(b + (i - 1) * step, mask=_before(i, end, inside) & (i > 0), other=0.0), R, L, E)
 
 
 @triton.jit
@@ -257,7 +270,7 @@ def _continuants(re, im, k, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def _leaving(products, k, r_re, r_im, REVERSE: tl.constexpr):
-    """What leaves each lane where r enters the tile, and 0, or NaN where NaN came before.
+    """What leaves each lane where r enters the tile, NaN where anything before it is not finite.
 
     From the left it is 1 / d of the lane's last element, by [[A, -k B], [C, -k D]] where k joins the lane to
     the one before; from the right k / e of its first, by [[A, -C], [k B, -k D]].
@@ -276,34 +289,42 @@ def _leaving(products, k, r_re, r_im, REVERSE: tl.constexpr):
     pr, pi, qr, qi = pr + ar, pi + ai, qr + cr, qi + ci
     sr, si = _inverse(pr, pi)
     re, im = _product(qr, qi, sr, si)
-    return re, im, (pr + pi + qr + qi) * 0.0
+    nothing = (pr + pi + qr + qi) * 0.0
+    return re + nothing, im + nothing
 
 
 @triton.jit
 def _walk(
-    re, im, k, r_re, r_im, s_re, s_im, out, left, right, column, N, kept, inside,
+    re, im, k, r_re, r_im, s_re, s_im, out, left, right, column, end, kept, inside,
     KEEP: tl.constexpr, GRAIN: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """d up a lane and e down it, from the r = 1 / d and s = k / e that enter; writes G."""
-    d_re, d_im = (), ()
-    for e in tl.static_range(E):
-        if KEEP and e % GRAIN == 0:
-            place = (column + e) // GRAIN
-            tl.store(left + place, _pair(r_re, r_im), mask=inside & (place < kept))
-        x, y = re[e] - k[e] * r_re, im[e] - k[e] * r_im
-        d_re, d_im = d_re + (x,), d_im + (y,)
-        r_re, r_im = _inverse(x, y)
-    later = tl.zeros((R, L), tl.int64)
-    for e in tl.static_range(E - 1, -1, -1):
-        if KEEP and e % GRAIN == GRAIN - 1:
-            place = (column + e) // GRAIN
-            tl.store(right + place, _pair(s_re, s_im), mask=inside & (place < kept))
-        g_re, g_im = _inverse(d_re[e] - s_re, d_im[e] - s_im)
-        s_re, s_im = _over(k[e], re[e] - s_re, im[e] - s_im)
-        g = _pair(g_re, g_im)
-        if e % 2 == 0:
-            _store_two(out, g, later, column + e, N, inside)
-        later = g
+    """d up a lane and at once e down it, from the r = 1 / d and s = k / e that enter; writes G.
+
+    They meet in the middle: before, each is kept for the other; after, each finds what the other kept.
+    """
+    half: tl.constexpr = E // 2
+    ds_re, ds_im, ss_re, ss_im = (), (), (), ()
+    below, above = tl.zeros((R, L), tl.int64), tl.zeros((R, L), tl.int64)
+    for up in tl.static_range(E):
+        if KEEP and up % GRAIN == 0:
+            place = (column + up) // GRAIN
+            tl.store(left + place, _pair(r_re, r_im), mask=_before(place, kept, inside))
+            place = (column + (E - 1 - up)) // GRAIN
+            tl.store(right + place, _pair(s_re, s_im), mask=_before(place, kept, inside))
+        d_re, d_im = re[up] - k[up] * r_re, im[up] - k[up] * r_im
+        if up < half:
+            ds_re, ds_im = ds_re + (d_re,), ds_im + (d_im,)
+            ss_re, ss_im = (s_re,) + ss_re, (s_im,) + ss_im
+        else:
+            g_re, g_im = _inverse(d_re - ss_re[up - half], d_im - ss_im[up - half])
+            h_re, h_im = _inverse(ds_re[E - 1 - up] - s_re, ds_im[E - 1 - up] - s_im)
+            g, h = _pair(g_re, g_im), _pair(h_re, h_im)
+            if up % 2 == 1:
+                _store_two(out, below, g, column + (up - 1), end, inside)
+                _store_two(out, h, above, column + (E - 1 - up), end, inside)
+            below, above = g, h
+        r_re, r_im = _inverse(d_re, d_im)
+        s_re, s_im = _over(k[E - 1 - up], re[E - 1 - up] - s_re, im[E - 1 - up] - s_im)
 
 
 @triton.jit(do_not_specialize=_STRIDES)
@@ -311,10 +332,11 @@ def _forward(
     a, b, c, gamma, z, z_re, z_im, out, left, right, B, N,
     a_row, a_step, b_row, b_step, c_row, c_step, gamma_row, gamma_step, kept,
     WITH_GAMMA: tl.constexpr, Z_TENSOR: tl.constexpr, KEEP: tl.constexpr, GRAIN: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+    TILES: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    inside = row < B
+    inside = tl.full((R, 1), True, tl.int1) if WHOLE else row < B
+    end, kept_end = None if WHOLE else N, None if WHOLE else kept
     row = row.to(tl.int64)
     a, b, c, gamma = a + row * a_row, b + row * b_row, c + row * c_row, gamma + row * gamma_row
     out, left, right = out + row * N, left + row * kept, right + row * kept
@@ -324,16 +346,14 @@ def _forward(
     tiles = 1 if TILES == 1 else tl.cdiv(N, L * E)
     tile = tl.arange(0, TILES)[None, :]
     entry_re, entry_im = tl.zeros((R, TILES), tl.float32), tl.zeros((R, TILES), tl.float32)
-    poison = zero
     if TILES > 1:
         in_re, in_im = zero, zero
         for t in range(tiles - 1):
             re, im = _diagonal(
-                a, gamma, inside, t * L * E, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
+                a, gamma, inside, t * L * E, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
             )
-            k = _links(b, c, inside, t * L * E, N, b_step, c_step, R, L, E)
-            in_re, in_im, nothing = _leaving(_continuants(re, im, k, R, L, E), k[0], in_re, in_im, False)
-            poison += _at(nothing, nothing, lane == L - 1)[0]
+            k = _links(b, c, inside, t * L * E, end, b_step, c_step, R, L, E)
+            in_re, in_im = _leaving(_continuants(re, im, k, R, L, E), k[0], in_re, in_im, False)
             in_re, in_im = _at(in_re, in_im, lane == L - 1)
             entry_re = tl.where(tile == t + 1, in_re, entry_re)
             entry_im = tl.where(tile == t + 1, in_im, entry_im)
@@ -341,36 +361,38 @@ def _forward(
     for step in range(tiles):
         t = tiles - 1 - step
         start = t * L * E
-        re, im = _diagonal(a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
-        k = _links(b, c, inside, start, N, b_step, c_step, R, L, E)
+        re, im = _diagonal(a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
+        k = _links(b, c, inside, start, end, b_step, c_step, R, L, E)
         products = _continuants(re, im, k, R, L, E)
         first_re, first_im = zero, zero
         if TILES > 1:
             first_re, first_im = _at(entry_re, entry_im, tile == t)
-        r_re, r_im, nothing = _leaving(products, k[0], first_re, first_im, False)
-        if TILES == 1:
-            poison = _at(nothing, nothing, lane == L - 1)[0]
-        elif step == 0:
-            poison += _at(nothing, nothing, lane == L - 1)[0]
-        x_re, x_im, _ = _leaving(products, k[0], s_re, s_im, True)
+        r_re, r_im = _leaving(products, k[0], first_re, first_im, False)
+        x_re, x_im = _leaving(products, k[0], s_re, s_im, True)
+        nothing = (r_re + x_re) * 0.0
         column = start + lane * E
-        # Registers pass to the neighbour through memory, once for both directions.
+        # Registers pass to the neighbour through memory, once for both directions: tl.gather would spread
+        # a layout in which every warp repeats every lane.
         tl.store(
-            left + (column + E) // GRAIN, _pair(r_re, r_im), mask=inside & (column + E < N) & (lane < L - 1)
+            left + (column + E) // GRAIN,
+            _pair(r_re, r_im),
+            mask=_before(column + E, end, inside) & (lane < L - 1),
         )
-        tl.store(right + (column - 1) // GRAIN, _pair(x_re, x_im), mask=inside & (column < N) & (lane > 0))
+        tl.store(
+            right + (column - 1) // GRAIN, _pair(x_re, x_im), mask=_before(column, end, inside) & (lane > 0)
+        )
         tl.debug_barrier()
-        here = inside & (lane > 0) & (column < N)
+        here = _before(column, end, inside) & (lane > 0)
         r_re, r_im = _parts(tl.load(left + column // GRAIN, mask=here, other=0))
         r_re, r_im = tl.where(lane == 0, first_re, r_re), tl.where(lane == 0, first_im, r_im)
-        here = inside & (lane < L - 1) & (column + E < N)
+        here = _before(column + E, end, inside) & (lane < L - 1)
         y_re, y_im = _parts(tl.load(right + (column + E - 1) // GRAIN, mask=here, other=0))
         y_re, y_im = tl.where(lane == L - 1, s_re, y_re), tl.where(lane == L - 1, s_im, y_im)
         if TILES > 1:
             s_re, s_im = _at(x_re, x_im, lane == 0)
         _walk(
-            re, im, k, r_re + poison, r_im + poison, y_re + poison, y_im + poison,
-            out, left, right, column, N, kept, inside, KEEP, GRAIN, R, L, E,
+            re, im, k, r_re + nothing, r_im, y_re + nothing, y_im, out, left, right, column, end, kept_end, inside,
+            KEEP, GRAIN, R, L, E,
         )  # fmt: skip
 
 
@@ -417,10 +439,10 @@ def _serial(
 
 
 @triton.jit
-def _weights(grad, inside, start, N, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+def _weights(grad, inside, start, end, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
     """The conjugate of a tile's cotangents as two tuples."""
     i = start + tl.arange(0, L * E)[None, :]
-    re, im = _parts(tl.load(grad + i, mask=inside & (i < N), other=0))
+    re, im = _parts(tl.load(grad + i, mask=_before(i, end, inside), other=0))
     return _unpack(re, R, L, E), _unpack(im * -1.0, R, L, E)
 
 
@@ -464,11 +486,12 @@ def _backward(
     grad_a, grad_b, grad_c, grad_gamma, grad_z, B, N,
     a_row, a_step, b_row, b_step, c_row, c_step, gamma_row, gamma_step, kept, wide,
     WITH_GAMMA: tl.constexpr, Z_TENSOR: tl.constexpr, SHARED: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+    TILES: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Lanes are GRAIN elements, so that each has the ratios that enter it."""
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    inside = row < B
+    inside = tl.full((R, 1), True, tl.int1) if WHOLE else row < B
+    end, kept_end = None if WHOLE else N, None if WHOLE else kept
     row = row.to(tl.int64)
     a, b, c, gamma = a + row * a_row, b + row * b_row, c + row * c_row, gamma + row * gamma_row
     left, right, to_left, to_right = (
@@ -490,10 +513,10 @@ def _backward(
         for t in range(tiles - 1):
             start = t * L * E
             re, im = _diagonal(
-                a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
+                a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
             )
-            k = _links(b, c, inside, start, N, b_step, c_step, R, L, E)
-            w_re, w_im = _weights(grad, inside, start, N, R, L, E)
+            k = _links(b, c, inside, start, end, b_step, c_step, R, L, E)
+            w_re, w_im = _weights(grad, inside, start, end, R, L, E)
             r_re, r_im = _parts(tl.load(left + t * L + lane, mask=inside & (lane >= 0), other=0))
             _, _, f_re, f_im, s_re, s_im = _from_left(re, im, k, w_re, w_im, r_re, r_im, R, L, E)
             x_re, x_im = _carry(f_re, f_im, s_re, s_im, in_re, in_im, False)
@@ -504,19 +527,19 @@ def _backward(
     for step in range(tiles):
         t = tiles - 1 - step
         start = t * L * E
-        re, im = _diagonal(a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
+        re, im = _diagonal(a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
         if SHARED:
-            k = _links(b, c, inside, start, N, b_step, c_step, R, L, E)
+            k = _links(b, c, inside, start, end, b_step, c_step, R, L, E)
             b_s, c_s = k, k
         else:
-            b_s = _side(b, inside, start, N, b_step, R, L, E)
-            c_s = _side(c, inside, start, N, c_step, R, L, E)
+            b_s = _side(b, inside, start, end, b_step, R, L, E)
+            c_s = _side(c, inside, start, end, c_step, R, L, E)
             k = ()
             for e in tl.static_range(E):
                 k = k + (b_s[e] * c_s[e],)
-        w_re, w_im = _weights(grad, inside, start, N, R, L, E)
+        w_re, w_im = _weights(grad, inside, start, end, R, L, E)
         place = t * L + lane
-        here = inside & (place < kept)
+        here = _before(place, kept_end, inside)
         r_re, r_im = _parts(tl.load(left + place, mask=here, other=0))
         x_re, x_im = _parts(tl.load(right + place, mask=here, other=0))
         rs_re, rs_im, f_re, f_im, s_re, s_im = _from_left(re, im, k, w_re, w_im, r_re, r_im, R, L, E)
@@ -538,13 +561,15 @@ def _backward(
             s_re, s_im = _product(q_re, q_im, w_re[e] + s_re, w_im[e] + s_im)
         y_re, y_im = _carry(f_re, f_im, s_re, s_im, right_re, right_im, True)
 
-        tl.store(to_left + place + 1, _pair(m_re, m_im), mask=inside & (place + 1 < kept) & (lane < L - 1))
+        tl.store(
+            to_left + place + 1, _pair(m_re, m_im), mask=_before(place + 1, kept_end, inside) & (lane < L - 1)
+        )
         tl.store(to_right + place - 1, _pair(y_re, y_im), mask=here & (lane > 0))
         tl.debug_barrier()
         m_re, m_im = _parts(tl.load(to_left + place, mask=here & (lane > 0), other=0))
         m_re, m_im = tl.where(lane == 0, first_re, m_re), tl.where(lane == 0, first_im, m_im)
         v_re, v_im = _parts(
-            tl.load(to_right + place, mask=inside & (place + 1 < kept) & (lane < L - 1), other=0)
+            tl.load(to_right + place, mask=_before(place + 1, kept_end, inside) & (lane < L - 1), other=0)
         )
         v_re, v_im = tl.where(lane == L - 1, right_re, v_re), tl.where(lane == L - 1, right_im, v_im)
         if TILES > 1:
@@ -625,7 +650,7 @@ def forward(
             _launch(_serial, (rows,))(*pointers, N, *strides, left.shape[1], **flags, num_warps=1)
         else:
             _launch(_forward, (triton.cdiv(rows, block.rows),))(
-                *pointers, rows, N, *strides, left.shape[1], **flags, **_cut(block, N)
+                *pointers, rows, N, *strides, left.shape[1], **flags, **_cut(block, rows, N)
             )
     return G, left, right
 
@@ -662,7 +687,7 @@ def backward(
             grad.expand(*batch, N).resolve_conj().contiguous().view(torch.int64), *tensors,
             _as_pairs(z, a), z_re, z_im, left, right, *scratch, *outputs,
             rows, N, *strides, left.shape[1], outputs[0].shape[1],
-            WITH_GAMMA=gamma is not None, Z_TENSOR=z is not None, SHARED=together, **_cut(block, N),
+            WITH_GAMMA=gamma is not None, Z_TENSOR=z is not None, SHARED=together, **_cut(block, rows, N),
         )  # fmt: skip
 
     def shaped(out: Tensor, like: Tensor, first: int = 0) -> Tensor:
@@ -681,10 +706,13 @@ def _launch(kernel: Any, grid: tuple[int, ...]) -> Any:
     return kernel[grid]
 
 
-def _cut(block: Block, N: int) -> dict[str, int]:
+def _cut(block: Block, rows: int, N: int) -> dict[str, Any]:
     tiles = triton.next_power_of_2(triton.cdiv(N, block.lanes * block.elements))
+    whole = rows % block.rows == 0 and N % (block.lanes * block.elements) == 0
+    limit = {} if block.registers is None else {"maxnreg": block.registers}
     return {
-        "TILES": tiles, "R": block.rows, "L": block.lanes, "E": block.elements, "num_warps": block.warps,
+        "TILES": tiles, "WHOLE": whole, "R": block.rows, "L": block.lanes, "E": block.elements,
+        "num_warps": block.warps, **limit,
     }  # fmt: skip
 
 
