@@ -9,8 +9,8 @@ matrices before it:
    rearranged.
 2. A scan over lanes from the left and one from the right, scaled by powers of two, give every lane the
    ratios that enter it, 1 / d and 1 / e.
-3. From these the lane walks d and e by their own recurrences. Rounding starts anew there, so the result
-   is as accurate as the walk of the whole row.
+3. From these the lane walks d and e by their own recurrences, from both its ends at once: two chains hide
+   each other's latency. Rounding starts anew there, so the result is as accurate as the walk of the row.
 
 Where a row exceeds a tile, a first sweep from the left takes the ratio from tile to tile, and the second,
 from the right, does all the rest. The gradient's sums L and R are affine maps of what enters a lane, and are
@@ -20,8 +20,8 @@ For the gradient the forward keeps only the ratios that enter every GRAIN-th ele
 from which the backward walks d and e again beside what it must read anyway; d and e themselves would be 16
 bytes an element, written and read. No product or scan of matrices is needed a second time.
 
-Magnitudes of al and sqrt(k) between about 1e-9 and 1e9 stay in float32's range: a lane scales its product
-every fourth element. Above, results are NaN.
+Magnitudes of al and sqrt(k) between about 1e-8 and 1e9 stay in float32's range: a lane scales its product
+every fourth element. Beyond, results are NaN.
 """
 
 # ruff: noqa: RET505, RUF005 - Triton compiles both arms of a constant choice, and sums of tuples
@@ -391,8 +391,8 @@ def _forward(
         if TILES > 1:
             s_re, s_im = _at(x_re, x_im, lane == 0)
         _walk(
-            re, im, k, r_re + nothing, r_im, y_re + nothing, y_im, out, left, right, column, end, kept_end, inside,
-            KEEP, GRAIN, R, L, E,
+            re, im, k, r_re + nothing, r_im, y_re + nothing, y_im,
+            out, left, right, column, end, kept_end, inside, KEEP, GRAIN, R, L, E,
         )  # fmt: skip
 
 
