@@ -41,6 +41,8 @@ FORWARD = [
     *(Block(1, 32, 32, 1, most) for most in (None, 128)),
     *(Block(1, 128, 16, 4, most) for most in (None, 96)),
     Block(4, 32, 32, 4, 128),
+    Block(1, 128, 8, 4),  # shorter walks in more programs, for few rows
+    Block(1, 64, 16, 2),
 ]
 BACKWARD = [
     *(Block(1, 512, 8, 16, most) for most in (None, 64)),

@@ -91,7 +91,7 @@ def agree(arguments: dict[str, Tensor], kernel: str) -> None:
 
 @every_kernel
 @pytest.mark.parametrize(("shared", "gamma"), [(False, True), (True, False)])
-@pytest.mark.parametrize("N", [1, 2, 3, 5, 33])
+@pytest.mark.parametrize("N", [1, 2, 5, 33])
 def test_value_and_every_gradient_are_the_recurrences(N: int, shared: bool, gamma: bool, kernel: str) -> None:
     agree(problem(N, 3, shared=shared, gamma=gamma), kernel)
 

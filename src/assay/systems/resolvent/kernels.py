@@ -12,15 +12,15 @@ matrices before it:
 3. From these the lane walks d and e by their own recurrences, from both its ends at once: two chains hide
    each other's latency. Rounding starts anew there, so the result is as accurate as the walk of the row.
 
-Where a row exceeds a tile, a first sweep from the left takes the ratio from tile to tile, and the second,
-from the right, does all the rest. The gradient's sums L and R are affine maps of what enters a lane, and are
-solved the same way.
+Where a row exceeds a tile, a launch before writes the matrix of each tile, 32 bytes, and every tile applies
+those on either side of it. The gradient's sums L and R are affine maps of what enters a lane, and are solved
+by the same scan; there a first sweep from the left takes them from tile to tile.
 
 For the gradient the forward keeps only the ratios that enter every GRAIN-th element: 16 bytes for 8 elements,
 from which the backward walks d and e again beside what it must read anyway; d and e themselves would be 16
 bytes an element, written and read. No product or scan of matrices is needed a second time.
 
-Magnitudes of al and sqrt(k) between about 1e-8 and 1e9 stay in float32's range: a lane scales its product
+Magnitudes of al and sqrt(k) between about 1e-7 and 1e9 stay in float32's range: a lane scales its product
 every fourth element. Beyond, results are NaN.
 """
 
@@ -269,11 +269,11 @@ def _continuants(re, im, k, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def _leaving(products, k, r_re, r_im, REVERSE: tl.constexpr):
-    """What leaves each lane where r enters the tile, NaN where anything before it is not finite.
+def _prefixes(products, k, REVERSE: tl.constexpr):
+    """The matrix of everything from the tile's start to each lane's end; from its end to the lane's start.
 
-    From the left it is 1 / d of the lane's last element, by [[A, -k B], [C, -k D]] where k joins the lane to
-    the one before; from the right k / e of its first, by [[A, -C], [k B, -k D]].
+    From the left a lane's is [[A, -k B], [C, -k D]] where k joins it to the one before; from the right
+    [[A, -C], [k B, -k D]].
     """
     ar, ai, br, bi, cr, ci, dr, di = products
     minus = k * -1.0
@@ -281,9 +281,17 @@ def _leaving(products, k, r_re, r_im, REVERSE: tl.constexpr):
         br, bi, cr, ci = cr * -1.0, ci * -1.0, k * br, k * bi
     else:
         br, bi = minus * br, minus * bi
-    ar, ai, br, bi, cr, ci, dr, di = tl.associative_scan(
+    return tl.associative_scan(
         _scaled(ar, ai, br, bi, cr, ci, minus * dr, minus * di), 1, _then, reverse=REVERSE
     )
+
+
+@triton.jit
+def _leaving(ar, ai, br, bi, cr, ci, dr, di, r_re, r_im):
+    """What leaves [[a, b], [c, d]] where r enters it, NaN where anything before is not finite.
+
+    From the left it is 1 / d of the last element, from the right k / e of the first.
+    """
     pr, pi = _product(br, bi, r_re, r_im)
     qr, qi = _product(dr, di, r_re, r_im)
     pr, pi, qr, qi = pr + ar, pi + ai, qr + cr, qi + ci
@@ -291,6 +299,16 @@ def _leaving(products, k, r_re, r_im, REVERSE: tl.constexpr):
     re, im = _product(qr, qi, sr, si)
     nothing = (pr + pi + qr + qi) * 0.0
     return re + nothing, im + nothing
+
+
+@triton.jit
+def _load_map(maps, t, inside):
+    """The eight numbers of tile t's matrix from the left, (R, 1) each."""
+    ar, ai = _parts(tl.load(maps + t * 4, mask=inside, other=0x3F800000))  # 1 where there is no row
+    br, bi = _parts(tl.load(maps + t * 4 + 1, mask=inside, other=0))
+    cr, ci = _parts(tl.load(maps + t * 4 + 2, mask=inside, other=0))
+    dr, di = _parts(tl.load(maps + t * 4 + 3, mask=inside, other=0))
+    return ar, ai, br, bi, cr, ci, dr, di
 
 
 @triton.jit
@@ -329,11 +347,13 @@ def _walk(
 
 @triton.jit(do_not_specialize=_STRIDES)
 def _forward(
-    a, b, c, gamma, z, z_re, z_im, out, left, right, B, N,
+    a, b, c, gamma, z, z_re, z_im, out, left, right, maps, B, N,
     a_row, a_step, b_row, b_step, c_row, c_step, gamma_row, gamma_step, kept,
     WITH_GAMMA: tl.constexpr, Z_TENSOR: tl.constexpr, KEEP: tl.constexpr, GRAIN: tl.constexpr,
-    TILES: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+    MAPS: tl.constexpr, MANY: tl.constexpr, WHOLE: tl.constexpr,
+    R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    """A tile of R rows; with MAPS only its matrix, which the row's other tiles take from `maps`."""
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
     inside = tl.full((R, 1), True, tl.int1) if WHOLE else row < B
     end, kept_end = None if WHOLE else N, None if WHOLE else kept
@@ -343,32 +363,36 @@ def _forward(
     z_re, z_im = _z(z, z_re, z_im, Z_TENSOR)
     lane = tl.arange(0, L)[None, :]
     zero = tl.zeros((R, 1), tl.float32)
-    tiles = 1 if TILES == 1 else tl.cdiv(N, L * E)
-    tile = tl.arange(0, TILES)[None, :]
-    entry_re, entry_im = tl.zeros((R, TILES), tl.float32), tl.zeros((R, TILES), tl.float32)
-    if TILES > 1:
-        in_re, in_im = zero, zero
-        for t in range(tiles - 1):
-            re, im = _diagonal(
-                a, gamma, inside, t * L * E, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
-            )
-            k = _links(b, c, inside, t * L * E, end, b_step, c_step, R, L, E)
-            in_re, in_im = _leaving(_continuants(re, im, k, R, L, E), k[0], in_re, in_im, False)
-            in_re, in_im = _at(in_re, in_im, lane == L - 1)
-            entry_re = tl.where(tile == t + 1, in_re, entry_re)
-            entry_im = tl.where(tile == t + 1, in_im, entry_im)
-    s_re, s_im = zero, zero
-    for step in range(tiles):
-        t = tiles - 1 - step
-        start = t * L * E
-        re, im = _diagonal(a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
-        k = _links(b, c, inside, start, end, b_step, c_step, R, L, E)
-        products = _continuants(re, im, k, R, L, E)
-        first_re, first_im = zero, zero
-        if TILES > 1:
-            first_re, first_im = _at(entry_re, entry_im, tile == t)
-        r_re, r_im = _leaving(products, k[0], first_re, first_im, False)
-        x_re, x_im = _leaving(products, k[0], s_re, s_im, True)
+    t = tl.program_id(1) if MANY else 0
+    tiles = tl.num_programs(1)
+    maps += row * tiles * 4
+    start = t * L * E
+    re, im = _diagonal(a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
+    k = _links(b, c, inside, start, end, b_step, c_step, R, L, E)
+    products = _continuants(re, im, k, R, L, E)
+    if MAPS:
+        ar, ai, br, bi, cr, ci, dr, di = _prefixes(products, k[0], False)
+        last = inside & (lane == L - 1)
+        place = maps + t * 4 + tl.zeros((R, L), tl.int32)
+        tl.store(place, _pair(ar, ai), mask=last)
+        tl.store(place + 1, _pair(br, bi), mask=last)
+        tl.store(place + 2, _pair(cr, ci), mask=last)
+        tl.store(place + 3, _pair(dr, di), mask=last)
+    else:
+        first_re, first_im, s_re, s_im = zero, zero, zero, zero
+        if MANY:
+            for before in range(t):
+                ar, ai, br, bi, cr, ci, dr, di = _load_map(maps, before, inside)
+                first_re, first_im = _leaving(ar, ai, br, bi, cr, ci, dr, di, first_re, first_im)
+            for back in range(tiles - 1 - t):
+                ar, ai, br, bi, cr, ci, dr, di = _load_map(maps, tiles - 1 - back, inside)
+                s_re, s_im = _leaving(  # from the right the same numbers, rearranged
+                    ar, ai, cr * -1.0, ci * -1.0, br * -1.0, bi * -1.0, dr, di, s_re, s_im
+                )
+        ar, ai, br, bi, cr, ci, dr, di = _prefixes(products, k[0], False)
+        r_re, r_im = _leaving(ar, ai, br, bi, cr, ci, dr, di, first_re, first_im)
+        ar, ai, br, bi, cr, ci, dr, di = _prefixes(products, k[0], True)
+        x_re, x_im = _leaving(ar, ai, br, bi, cr, ci, dr, di, s_re, s_im)
         nothing = (r_re + x_re) * 0.0
         column = start + lane * E
         # Registers pass to the neighbour through memory, once for both directions: tl.gather would spread
@@ -388,8 +412,6 @@ def _forward(
         here = _before(column + E, end, inside) & (lane < L - 1)
         y_re, y_im = _parts(tl.load(right + (column + E - 1) // GRAIN, mask=here, other=0))
         y_re, y_im = tl.where(lane == L - 1, s_re, y_re), tl.where(lane == L - 1, s_im, y_im)
-        if TILES > 1:
-            s_re, s_im = _at(x_re, x_im, lane == 0)
         _walk(
             re, im, k, r_re + nothing, r_im, y_re + nothing, y_im,
             out, left, right, column, end, kept_end, inside, KEEP, GRAIN, R, L, E,
@@ -649,9 +671,22 @@ def forward(
         if serial:
             _launch(_serial, (rows,))(*pointers, N, *strides, left.shape[1], **flags, num_warps=1)
         else:
-            _launch(_forward, (triton.cdiv(rows, block.rows),))(
-                *pointers, rows, N, *strides, left.shape[1], **flags, **_cut(block, rows, N)
-            )
+            cut = _cut(block, rows, N)
+            tiles = triton.cdiv(N, block.lanes * block.elements)
+            maps = left.new_empty(rows, tiles, 4) if tiles > 1 else left
+            for launch in (True, False) if tiles > 1 else (False,):
+                _launch(_forward, (triton.cdiv(rows, block.rows), tiles))(
+                    *pointers,
+                    maps,
+                    rows,
+                    N,
+                    *strides,
+                    left.shape[1],
+                    MAPS=launch,
+                    MANY=tiles > 1,
+                    **flags,
+                    **cut,
+                )
     return G, left, right
 
 
@@ -687,7 +722,9 @@ def backward(
             grad.expand(*batch, N).resolve_conj().contiguous().view(torch.int64), *tensors,
             _as_pairs(z, a), z_re, z_im, left, right, *scratch, *outputs,
             rows, N, *strides, left.shape[1], outputs[0].shape[1],
-            WITH_GAMMA=gamma is not None, Z_TENSOR=z is not None, SHARED=together, **_cut(block, rows, N),
+            WITH_GAMMA=gamma is not None, Z_TENSOR=z is not None, SHARED=together,
+            TILES=triton.next_power_of_2(triton.cdiv(N, block.lanes * block.elements)),
+            **_cut(block, rows, N),
         )  # fmt: skip
 
     def shaped(out: Tensor, like: Tensor, first: int = 0) -> Tensor:
@@ -707,12 +744,11 @@ def _launch(kernel: Any, grid: tuple[int, ...]) -> Any:
 
 
 def _cut(block: Block, rows: int, N: int) -> dict[str, Any]:
-    tiles = triton.next_power_of_2(triton.cdiv(N, block.lanes * block.elements))
     whole = rows % block.rows == 0 and N % (block.lanes * block.elements) == 0
     limit = {} if block.registers is None else {"maxnreg": block.registers}
     return {
-        "TILES": tiles, "WHOLE": whole, "R": block.rows, "L": block.lanes, "E": block.elements,
-        "num_warps": block.warps, **limit,
+        "WHOLE": whole, "R": block.rows, "L": block.lanes, "E": block.elements, "num_warps": block.warps,
+        **limit,
     }  # fmt: skip
 
 
