@@ -1,20 +1,25 @@
 """The resolvent's kernels on a CUDA device: time, bandwidth, scaling, accuracy, block sizes.
 
-    python benchmarks/resolvent_gpu.py           # everything but the sweep
-    python benchmarks/resolvent_gpu.py --tune    # block sizes for both shapes, the best first
+    python benchmarks/resolvent_gpu.py            # everything but the sweep
+    python benchmarks/resolvent_gpu.py --quick    # without torch.compile's arm
+    python benchmarks/resolvent_gpu.py --tune     # block sizes for both shapes, the best first
     TRITON_INTERPRET=1 python benchmarks/resolvent_gpu.py --toy [--tune]    # runs anywhere, measures nothing
 
-A time is that of one call among many captured in one CUDA graph, the median of the graph's replays.
+A time is that of one call among many captured in one CUDA graph, the median of the graph's replays. Kernels
+are compiled first, by one process for each core; Triton's cache hands them over.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +30,68 @@ from assay.systems.resolvent import kernels, resolvent_diagonal
 Z = 0.1 + 0.1j
 CALLS = 50
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+Block = kernels.Block
+FORWARD = [
+    *(Block(1, 128, 32, 4, most) for most in (None, 128, 104, 96, 80)),
+    *(Block(1, 64, 32, 2, most) for most in (None, 160, 128, 96)),
+    *(Block(1, 256, 16, 8, most) for most in (None, 96, 80, 64)),
+    *(Block(2, 64, 32, 4, most) for most in (None, 128)),
+    *(Block(1, 32, 32, 1, most) for most in (None, 128)),
+    *(Block(1, 128, 16, 4, most) for most in (None, 96)),
+    Block(4, 32, 32, 4, 128),
+    Block(1, 128, 8, 4),  # shorter walks in more programs, for few rows
+    Block(1, 64, 16, 2),
+]
+BACKWARD = [
+    *(Block(1, 512, 8, 16, most) for most in (None, 64)),
+    *(Block(1, 256, 8, 8, most) for most in (None, 128, 96)),
+    *(Block(1, 128, 8, 4, most) for most in (None, 128, 96)),
+    *(Block(1, 64, 8, 2, most) for most in (None, 128)),
+    Block(2, 64, 8, 4, 128),
+]
+
+
+class Job(NamedTuple):
+    """One kernel to compile; `block` None is the one that is chosen."""
+
+    rows: int
+    N: int
+    shared: bool
+    keep: bool
+    backward: bool
+    block: kernels.Block | None
+
+
+def made(job: Job) -> str:
+    """Run a job's kernel once; the error where it has one."""
+    tensors = inputs(job.rows, job.N, shared=job.shared)
+    arguments = (*tensors, None, None, Z.real, Z.imag)
+    try:
+        _, left, right = kernels.forward(*arguments, keep=job.keep, block=None if job.backward else job.block)
+        if job.backward:
+            grad = torch.ones(job.rows, job.N, dtype=torch.complex64, device=DEVICE)
+            kernels.backward(grad, *arguments, left, right, block=job.block)
+        torch.cuda.synchronize()
+    except Exception as e:
+        return f"{job}: {type(e).__name__}: {str(e).splitlines()[0][:100]}"
+    return ""
+
+
+def compile_all(jobs: list[Job]) -> None:
+    if DEVICE == "cpu":
+        return
+    begun = time.perf_counter()
+    workers = min(len(jobs), max(1, (os.cpu_count() or 2) - 2))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for failure in pool.map(made, jobs):
+            if failure:
+                print(failure)
+    print(
+        f"compiled {len(jobs)} kernels by {workers} processes: {time.perf_counter() - begun:.0f} s",
+        flush=True,
+    )
 
 
 def us(call: Callable[[], Any], calls: int = CALLS, samples: int = 15) -> float:
@@ -57,14 +124,14 @@ def with_gradient(function: Callable[..., Tensor], *tensors: Tensor) -> Callable
     return lambda: torch.autograd.grad(function(*leaves), leaves, cotangent)
 
 
-def implementations() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def implementations(quick: bool) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     def named(name: Any) -> Callable[..., Tensor]:
         return lambda a, b, c: resolvent_diagonal(a, b, c, Z, implementation=name)
 
     yield "pcr, graphed", named("pcr")
     yield "triton", named("triton")
     yield "serial", named("serial")
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" and not quick:
         from assay.systems.resolvent import formulas
 
         def plain(a: Tensor, b: Tensor, c: Tensor) -> Tensor:  # its operations in the compiler's sight
@@ -73,11 +140,11 @@ def implementations() -> Iterator[tuple[str, Callable[..., Tensor]]]:
         yield "pcr, compiled and graphed", torch.compile(plain)
 
 
-def few_rows(rows: int, N: int) -> None:
+def few_rows(rows: int, N: int, quick: bool) -> None:
     print(f"\n{rows} rows of {N}, shared b and c, us a call")
     tensors = inputs(rows, N, shared=True)
     base: dict[str, float] = {}
-    for name, function in implementations():
+    for name, function in implementations(quick):
         line = f"{name:28}"
         calls = 2 if name == "serial" else CALLS
         for what, call in (
@@ -126,23 +193,29 @@ def scaling(total: int, lengths: list[int]) -> None:
         print(f"N {N:6}: {took:8.1f} us, {took * 1e3 / tensors[0].numel():.4f} ns an element", flush=True)
 
 
-def accuracy(rows: int, N: int) -> None:
-    print(f"\naccuracy, {rows} rows of {N}, against the recurrence in complex128")
+def accuracy(rows: int, N: int, quick: bool) -> None:
+    """Against cyclic reduction in complex128, which itself is held to the recurrence on two rows."""
+    print(f"\naccuracy, {rows} rows of {N}, against complex128")
     for positive in (True, False):
         tensors = inputs(rows, N, shared=False, positive=positive)
-        exact = resolvent_diagonal(*(t.double().cpu() for t in tensors), Z, implementation="schur")
-        for name, function in implementations():
-            found = function(*tensors).detach().cpu()
-            mse = (found - exact).abs().square().mean()
-            norm = exact.abs().square().mean()
+        double = [t.double() for t in tensors]
+        exact = resolvent_diagonal(*double, Z, implementation="pcr")
+        oracle = resolvent_diagonal(*(t[:2].cpu() for t in double), Z, implementation="schur").to(DEVICE)
+        sign = "k >= 0" if positive else "either sign"
+        for name, function in [("pcr, complex128, two rows", None), *implementations(quick)]:
+            found, expected = (
+                (exact[:2], oracle) if function is None else (function(*tensors).detach(), exact)
+            )
+            mse = (found - expected).abs().square().mean()
+            norm = expected.abs().square().mean()
             print(
-                f"{'k >= 0' if positive else 'either sign':12} {name:28} MSE {mse:.1e}  normalised RMSE "
-                f"{(mse / norm).sqrt():.1e}  not finite {int((~found.isfinite()).sum())}",
+                f"{sign:12} {name:28} MSE {mse:.1e}  normalised RMSE {(mse / norm).sqrt():.1e}  "
+                f"not finite {int((~found.isfinite()).sum())}",
                 flush=True,
             )
 
 
-def tune(rows: int, N: int, *, shared: bool, backward: bool, toy: bool) -> None:
+def tune(rows: int, N: int, blocks: list[kernels.Block], *, shared: bool, backward: bool) -> None:
     """Print the fastest blocks of one kernel at one shape."""
     tensors = inputs(rows, N, shared=shared)
     grad = torch.ones(rows, N, dtype=torch.complex64, device=DEVICE)
@@ -154,36 +227,53 @@ def tune(rows: int, N: int, *, shared: bool, backward: bool, toy: bool) -> None:
         return kernels.forward(*tensors, None, None, Z.real, Z.imag, block=block)
 
     found: list[tuple[float, kernels.Block]] = []
-    lanes = (2, 4) if toy else (64, 128, 256, 512)
-    for L, E, threads in product(lanes, (8,) if toy or backward else (8, 16, 32), (32, 64)):
-        if threads == 64 and E > 8:
-            continue
-        block = kernels.Block(1, L, E, max(1, L // threads))
+    for block in blocks:
         try:
             found.append((us(partial(call, block), 10, 5), block))
         except Exception as e:  # more registers or shared memory than there are
             print(f"  {block}: {type(e).__name__}: {str(e).splitlines()[0][:80]}")
     kernel, links = "backward" if backward else "forward", "shared" if shared else "batched"
     print(f"\n{kernel}, {rows} rows of {N}, {links} b and c")
-    for took, block in sorted(found)[:8]:
+    for took, block in sorted(found, key=lambda timed: timed[0]):
         print(f"{took:9.2f} us  {block}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="without torch.compile's arm")
     parser.add_argument("--toy", action="store_true", help="tiny shapes, for the interpreter")
     chosen = parser.parse_args()
     few, many = ((2, 40), (3, 40)) if chosen.toy else ((16, 4096), (4096, 4096))
+    total = many[0] * many[1]
+    lengths = [16, 64] if chosen.toy else [2**n for n in range(8, 17)]
     if chosen.tune:
-        for backward in (False, True):
-            tune(*few, shared=True, backward=backward, toy=chosen.toy)
-            tune(*many, shared=False, backward=backward, toy=chosen.toy)
+        blocks = [[Block(1, 2, 8, 1)], [Block(1, 2, 8, 1), Block(1, 4, 8, 1)]]
+        forward, backward = blocks if chosen.toy else (FORWARD, BACKWARD)
+        compile_all(  # a forward kernel is the same for both shapes
+            [Job(*few, shared=True, keep=True, backward=False, block=None)]
+            + [Job(*few, shared=True, keep=False, backward=False, block=block) for block in forward]
+            + [
+                Job(*few, shared, keep=True, backward=True, block=block)
+                for shared in (True, False)
+                for block in backward
+            ]
+        )
+        for back in (False, True):
+            tune(*few, backward if back else forward, shared=True, backward=back)
+            tune(*many, backward if back else forward, shared=False, backward=back)
         return
-    few_rows(*few)
+    compile_all(
+        [Job(total // N, N, shared=False, keep=False, backward=False, block=None) for N in lengths]
+        + [
+            Job(*shape, shared, keep=True, backward=True, block=None)
+            for shape, shared in ((few, True), (many, False), (many, True))
+        ]
+    )
+    few_rows(*few, chosen.quick)
     many_rows(*many)
-    scaling(many[0] * many[1], [16, 64] if chosen.toy else [2**n for n in range(8, 17)])
-    accuracy(2 if chosen.toy else 100, few[1])
+    scaling(total, lengths)
+    accuracy(2 if chosen.toy else 100, few[1], chosen.quick)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def agree(arguments: dict[str, Tensor], kernel: str) -> None:
 
 @every_kernel
 @pytest.mark.parametrize(("shared", "gamma"), [(False, True), (True, False)])
-@pytest.mark.parametrize("N", [1, 2, 3, 5, 33])
+@pytest.mark.parametrize("N", [1, 2, 5, 33])
 def test_value_and_every_gradient_are_the_recurrences(N: int, shared: bool, gamma: bool, kernel: str) -> None:
     agree(problem(N, 3, shared=shared, gamma=gamma), kernel)
 
@@ -99,10 +99,10 @@ def test_value_and_every_gradient_are_the_recurrences(N: int, shared: bool, gamm
 @pytest.mark.parametrize(
     ("N", "rows", "forward", "backward"),
     [
-        (16, 1, SMALL[0], SMALL[1]),
-        (31, 2, SMALL[1], SMALL[0]),
-        (97, 3, (2, 2, 16, 1), SMALL[1]),
-        (97, 1, (1, 2, 32, 1), SMALL[0]),
+        (32, 2, SMALL[0], SMALL[1]),  # whole tiles, one row and two a program
+        (31, 1, SMALL[1], SMALL[0]),
+        (33, 3, (2, 2, 16, 1), (1, 4, 8, 1)),
+        (65, 1, (1, 2, 32, 1), (1, 8, 8, 1)),
     ],
 )
 def test_rows_of_many_tiles(N: int, rows: int, forward: tuple[int, ...], backward: tuple[int, ...]) -> None:
@@ -162,15 +162,20 @@ def test_links_that_vanish_part_the_row(kernel: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("kernel", "block"),
-    [("triton", (1, 8, 8, 1)), ("triton", SMALL[0]), ("triton", SMALL[1]), ("serial", SMALL[0])],
+    ("kernel", "block", "value"),
+    [
+        ("triton", (1, 2, 16, 1), float("inf")),  # one tile; then two; then two rows
+        ("triton", SMALL[0], float("nan")),
+        ("triton", SMALL[1], float("inf")),
+        ("serial", SMALL[0], float("inf")),
+        ("serial", SMALL[0], float("nan")),
+    ],
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_its_row_and_no_other(
-    value: float, kernel: str, block: tuple[int, ...]
+    kernel: str, block: tuple[int, ...], value: float
 ) -> None:
     places = ["a", "b", "c", "gamma"]  # of row 0, 1, 2, 3; row 4 is clean
-    arguments = problem(19, 5, gamma=True)
+    arguments = problem(17, 5, gamma=True)
     for row, place in enumerate(places):
         arguments[place][row, 7] = value
     leaves = {name: t.requires_grad_() for name, t in arguments.items() if name != "z"}

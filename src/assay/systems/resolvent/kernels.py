@@ -9,19 +9,19 @@ matrices before it:
    rearranged.
 2. A scan over lanes from the left and one from the right, scaled by powers of two, give every lane the
    ratios that enter it, 1 / d and 1 / e.
-3. From these the lane walks d and e by their own recurrences. Rounding starts anew there, so the result
-   is as accurate as the walk of the whole row.
+3. From these the lane walks d and e by their own recurrences, from both its ends at once: two chains hide
+   each other's latency. Rounding starts anew there, so the result is as accurate as the walk of the row.
 
-Where a row exceeds a tile, a first sweep from the left takes the ratio from tile to tile, and the second,
-from the right, does all the rest. The gradient's sums L and R are affine maps of what enters a lane, and are
-solved the same way.
+Where a row exceeds a tile, a launch before writes the matrix of each tile, 32 bytes, and every tile applies
+those on either side of it. The gradient's sums L and R are affine maps of what enters a lane, and are solved
+by the same scan; there a first sweep from the left takes them from tile to tile.
 
 For the gradient the forward keeps only the ratios that enter every GRAIN-th element: 16 bytes for 8 elements,
 from which the backward walks d and e again beside what it must read anyway; d and e themselves would be 16
 bytes an element, written and read. No product or scan of matrices is needed a second time.
 
-Magnitudes of al and sqrt(k) between about 1e-9 and 1e9 stay in float32's range: a lane scales its product
-every fourth element. Above, results are NaN.
+Magnitudes of al and sqrt(k) between about 1e-7 and 1e9 stay in float32's range: a lane scales its product
+every fourth element. Beyond, results are NaN.
 """
 
 # ruff: noqa: RET505, RUF005 - Triton compiles both arms of a constant choice, and sums of tuples
@@ -50,6 +50,7 @@ class Block(NamedTuple):
     lanes: int
     elements: int
     warps: int
+    registers: int | None = None  # the most a thread may take; None: as many as it wants
 
 
 def choose(rows: int, N: int, *, gradient: bool = False) -> Block:
@@ -110,11 +111,20 @@ def _parts(x):
 
 
 @triton.jit
+def _before(i, end, inside):
+    """Where i is before the end of a real row: everywhere where `end` is None, so that no mask is made."""
+    if end is None:
+        return inside
+    else:
+        return inside & (i < end)
+
+
+@triton.jit
 def _store_two(out, first, second, column, end, inside):
     """Neighbours first and second, int64 (R, L), at column and column + 1; `inside` (R, 1) are real rows."""
     j = tl.arange(0, 2)[None, None, :]
     at = column[:, :, None] + j
-    tl.store(out[:, :, None] + at, tl.join(first, second), mask=inside[:, :, None] & (at < end))
+    tl.store(out[:, :, None] + at, tl.join(first, second), mask=_before(at, end, inside[:, :, None]))
 
 
 @triton.jit
@@ -152,9 +162,12 @@ def _shrink(m):
 
 @triton.jit
 def _scaled(ar, ai, br, bi, cr, ci, dr, di):
-    first = tl.maximum(tl.maximum(tl.abs(ar), tl.abs(ai)), tl.maximum(tl.abs(cr), tl.abs(ci)))
-    second = tl.maximum(tl.maximum(tl.abs(br), tl.abs(bi)), tl.maximum(tl.abs(dr), tl.abs(di)))
-    s = _shrink(tl.maximum(first, second))
+    """[[a, b], [c, d]] so that the largest part of a and c is in [1, 2).
+
+    b / a and d / c are what leaves to the other side, k / e or 1 / e: bounded as pivots are, and the sums
+    of products of two such numbers are far from overflow. a = c = 0 only where the row is singular.
+    """
+    s = _shrink(tl.maximum(tl.maximum(tl.abs(ar), tl.abs(ai)), tl.maximum(tl.abs(cr), tl.abs(ci))))
     return ar * s, ai * s, br * s, bi * s, cr * s, ci * s, dr * s, di * s
 
 
@@ -199,43 +212,43 @@ def _z(z, z_re, z_im, Z_TENSOR: tl.constexpr):
 
 @triton.jit
 def _diagonal(
-    a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im,
+    a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im,
     WITH_GAMMA: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """al of a tile as two tuples; rows of 1 after the end, joined to nothing."""
+    """al of a tile as two tuples; after the end it is 1, or 1 - i Im z, joined to nothing."""
     i = start + tl.arange(0, L * E)[None, :]
-    here = inside & (i < N)
+    here = _before(i, end, inside)
     re = tl.load(a + i * a_step, mask=here, other=0.0)
     re = _unpack(tl.where(here, re - z_re, 1.0), R, L, E)
     if WITH_GAMMA:
         gamma = tl.load(gamma + i * gamma_step, mask=here, other=0.0)
         return re, _unpack(tl.where(here, -z_im - gamma, 0.0), R, L, E)
     else:
-        at = start + tl.arange(0, L)[None, :] * E
+        same = tl.zeros((R, L), tl.float32) - z_im
         im = ()
-        for e in tl.static_range(E):
-            im = im + (tl.where(at + e < N, -z_im, 0.0) + tl.zeros((R, L), tl.float32),)
+        for _ in tl.static_range(E):
+            im = im + (same,)
         return re, im
 
 
 @triton.jit
 def _links(
-    b, c, inside, start, N, b_step, c_step,
+    b, c, inside, start, end, b_step, c_step,
     R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """k_{i-1} of a tile's elements as a tuple."""
     i = start + tl.arange(0, L * E)[None, :]
-    here = inside & (i > 0) & (i < N)
+    here = _before(i, end, inside) & (i > 0)
     into = tl.load(b + (i - 1) * b_step, mask=here, other=0.0)
     into *= tl.load(c + (i - 1) * c_step, mask=here, other=0.0)
     return _unpack(into, R, L, E)
 
 
 @triton.jit
-def _side(b, inside, start, N, step, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+def _side(b, inside, start, end, step, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
     """b_{i-1} of a tile's elements as a tuple."""
     i = start + tl.arange(0, L * E)[None, :]
-    return _unpack(tl.load(b + (i - 1) * step, mask=inside & (i > 0) & (i < N), other=0.0), R, L, E)
+    return _unpack(tl.load(b + (i - 1) * step, mask=_before(i, end, inside) & (i > 0), other=0.0), R, L, E)
 
 
 @triton.jit
@@ -256,11 +269,11 @@ def _continuants(re, im, k, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def _leaving(products, k, r_re, r_im, REVERSE: tl.constexpr):
-    """What leaves each lane where r enters the tile, and 0, or NaN where NaN came before.
+def _prefixes(products, k, REVERSE: tl.constexpr):
+    """The matrix of everything from the tile's start to each lane's end; from its end to the lane's start.
 
-    From the left it is 1 / d of the lane's last element, by [[A, -k B], [C, -k D]] where k joins the lane to
-    the one before; from the right k / e of its first, by [[A, -C], [k B, -k D]].
+    From the left a lane's is [[A, -k B], [C, -k D]] where k joins it to the one before; from the right
+    [[A, -C], [k B, -k D]].
     """
     ar, ai, br, bi, cr, ci, dr, di = products
     minus = k * -1.0
@@ -268,109 +281,140 @@ def _leaving(products, k, r_re, r_im, REVERSE: tl.constexpr):
         br, bi, cr, ci = cr * -1.0, ci * -1.0, k * br, k * bi
     else:
         br, bi = minus * br, minus * bi
-    ar, ai, br, bi, cr, ci, dr, di = tl.associative_scan(
+    return tl.associative_scan(
         _scaled(ar, ai, br, bi, cr, ci, minus * dr, minus * di), 1, _then, reverse=REVERSE
     )
+
+
+@triton.jit
+def _leaving(ar, ai, br, bi, cr, ci, dr, di, r_re, r_im):
+    """What leaves [[a, b], [c, d]] where r enters it, NaN where anything before is not finite.
+
+    From the left it is 1 / d of the last element, from the right k / e of the first.
+    """
     pr, pi = _product(br, bi, r_re, r_im)
     qr, qi = _product(dr, di, r_re, r_im)
     pr, pi, qr, qi = pr + ar, pi + ai, qr + cr, qi + ci
     sr, si = _inverse(pr, pi)
     re, im = _product(qr, qi, sr, si)
-    return re, im, (pr + pi + qr + qi) * 0.0
+    nothing = (pr + pi + qr + qi) * 0.0
+    return re + nothing, im + nothing
+
+
+@triton.jit
+def _load_map(maps, t, inside):
+    """The eight numbers of tile t's matrix from the left, (R, 1) each."""
+    ar, ai = _parts(tl.load(maps + t * 4, mask=inside, other=0x3F800000))  # 1 where there is no row
+    br, bi = _parts(tl.load(maps + t * 4 + 1, mask=inside, other=0))
+    cr, ci = _parts(tl.load(maps + t * 4 + 2, mask=inside, other=0))
+    dr, di = _parts(tl.load(maps + t * 4 + 3, mask=inside, other=0))
+    return ar, ai, br, bi, cr, ci, dr, di
 
 
 @triton.jit
 def _walk(
-    re, im, k, r_re, r_im, s_re, s_im, out, left, right, column, N, kept, inside,
+    re, im, k, r_re, r_im, s_re, s_im, out, left, right, column, end, kept, inside,
     KEEP: tl.constexpr, GRAIN: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """d up a lane and e down it, from the r = 1 / d and s = k / e that enter; writes G."""
-    d_re, d_im = (), ()
-    for e in tl.static_range(E):
-        if KEEP and e % GRAIN == 0:
-            place = (column + e) // GRAIN
-            tl.store(left + place, _pair(r_re, r_im), mask=inside & (place < kept))
-        x, y = re[e] - k[e] * r_re, im[e] - k[e] * r_im
-        d_re, d_im = d_re + (x,), d_im + (y,)
-        r_re, r_im = _inverse(x, y)
-    later = tl.zeros((R, L), tl.int64)
-    for e in tl.static_range(E - 1, -1, -1):
-        if KEEP and e % GRAIN == GRAIN - 1:
-            place = (column + e) // GRAIN
-            tl.store(right + place, _pair(s_re, s_im), mask=inside & (place < kept))
-        g_re, g_im = _inverse(d_re[e] - s_re, d_im[e] - s_im)
-        s_re, s_im = _over(k[e], re[e] - s_re, im[e] - s_im)
-        g = _pair(g_re, g_im)
-        if e % 2 == 0:
-            _store_two(out, g, later, column + e, N, inside)
-        later = g
+    """d up a lane and at once e down it, from the r = 1 / d and s = k / e that enter; writes G.
+
+    They meet in the middle: before, each is kept for the other; after, each finds what the other kept.
+    """
+    half: tl.constexpr = E // 2
+    ds_re, ds_im, ss_re, ss_im = (), (), (), ()
+    below, above = tl.zeros((R, L), tl.int64), tl.zeros((R, L), tl.int64)
+    for up in tl.static_range(E):
+        if KEEP and up % GRAIN == 0:
+            place = (column + up) // GRAIN
+            tl.store(left + place, _pair(r_re, r_im), mask=_before(place, kept, inside))
+            place = (column + (E - 1 - up)) // GRAIN
+            tl.store(right + place, _pair(s_re, s_im), mask=_before(place, kept, inside))
+        d_re, d_im = re[up] - k[up] * r_re, im[up] - k[up] * r_im
+        if up < half:
+            ds_re, ds_im = ds_re + (d_re,), ds_im + (d_im,)
+            ss_re, ss_im = (s_re,) + ss_re, (s_im,) + ss_im
+        else:
+            g_re, g_im = _inverse(d_re - ss_re[up - half], d_im - ss_im[up - half])
+            h_re, h_im = _inverse(ds_re[E - 1 - up] - s_re, ds_im[E - 1 - up] - s_im)
+            g, h = _pair(g_re, g_im), _pair(h_re, h_im)
+            if up % 2 == 1:
+                _store_two(out, below, g, column + (up - 1), end, inside)
+                _store_two(out, h, above, column + (E - 1 - up), end, inside)
+            below, above = g, h
+        r_re, r_im = _inverse(d_re, d_im)
+        s_re, s_im = _over(k[E - 1 - up], re[E - 1 - up] - s_re, im[E - 1 - up] - s_im)
 
 
 @triton.jit(do_not_specialize=_STRIDES)
 def _forward(
-    a, b, c, gamma, z, z_re, z_im, out, left, right, B, N,
+    a, b, c, gamma, z, z_re, z_im, out, left, right, maps, B, N,
     a_row, a_step, b_row, b_step, c_row, c_step, gamma_row, gamma_step, kept,
     WITH_GAMMA: tl.constexpr, Z_TENSOR: tl.constexpr, KEEP: tl.constexpr, GRAIN: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+    MAPS: tl.constexpr, MANY: tl.constexpr, WHOLE: tl.constexpr,
+    R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    """A tile of R rows; with MAPS only its matrix, which the row's other tiles take from `maps`."""
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    inside = row < B
+    inside = tl.full((R, 1), True, tl.int1) if WHOLE else row < B
+    end, kept_end = None if WHOLE else N, None if WHOLE else kept
     row = row.to(tl.int64)
     a, b, c, gamma = a + row * a_row, b + row * b_row, c + row * c_row, gamma + row * gamma_row
     out, left, right = out + row * N, left + row * kept, right + row * kept
     z_re, z_im = _z(z, z_re, z_im, Z_TENSOR)
     lane = tl.arange(0, L)[None, :]
     zero = tl.zeros((R, 1), tl.float32)
-    tiles = 1 if TILES == 1 else tl.cdiv(N, L * E)
-    tile = tl.arange(0, TILES)[None, :]
-    entry_re, entry_im = tl.zeros((R, TILES), tl.float32), tl.zeros((R, TILES), tl.float32)
-    poison = zero
-    if TILES > 1:
-        in_re, in_im = zero, zero
-        for t in range(tiles - 1):
-            re, im = _diagonal(
-                a, gamma, inside, t * L * E, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
-            )
-            k = _links(b, c, inside, t * L * E, N, b_step, c_step, R, L, E)
-            in_re, in_im, nothing = _leaving(_continuants(re, im, k, R, L, E), k[0], in_re, in_im, False)
-            poison += _at(nothing, nothing, lane == L - 1)[0]
-            in_re, in_im = _at(in_re, in_im, lane == L - 1)
-            entry_re = tl.where(tile == t + 1, in_re, entry_re)
-            entry_im = tl.where(tile == t + 1, in_im, entry_im)
-    s_re, s_im = zero, zero
-    for step in range(tiles):
-        t = tiles - 1 - step
-        start = t * L * E
-        re, im = _diagonal(a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
-        k = _links(b, c, inside, start, N, b_step, c_step, R, L, E)
-        products = _continuants(re, im, k, R, L, E)
-        first_re, first_im = zero, zero
-        if TILES > 1:
-            first_re, first_im = _at(entry_re, entry_im, tile == t)
-        r_re, r_im, nothing = _leaving(products, k[0], first_re, first_im, False)
-        if TILES == 1:
-            poison = _at(nothing, nothing, lane == L - 1)[0]
-        elif step == 0:
-            poison += _at(nothing, nothing, lane == L - 1)[0]
-        x_re, x_im, _ = _leaving(products, k[0], s_re, s_im, True)
+    t = tl.program_id(1) if MANY else 0
+    tiles = tl.num_programs(1)
+    maps += row * tiles * 4
+    start = t * L * E
+    re, im = _diagonal(a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
+    k = _links(b, c, inside, start, end, b_step, c_step, R, L, E)
+    products = _continuants(re, im, k, R, L, E)
+    if MAPS:
+        ar, ai, br, bi, cr, ci, dr, di = _prefixes(products, k[0], False)
+        last = inside & (lane == L - 1)
+        place = maps + t * 4 + tl.zeros((R, L), tl.int32)
+        tl.store(place, _pair(ar, ai), mask=last)
+        tl.store(place + 1, _pair(br, bi), mask=last)
+        tl.store(place + 2, _pair(cr, ci), mask=last)
+        tl.store(place + 3, _pair(dr, di), mask=last)
+    else:
+        first_re, first_im, s_re, s_im = zero, zero, zero, zero
+        if MANY:
+            for before in range(t):
+                ar, ai, br, bi, cr, ci, dr, di = _load_map(maps, before, inside)
+                first_re, first_im = _leaving(ar, ai, br, bi, cr, ci, dr, di, first_re, first_im)
+            for back in range(tiles - 1 - t):
+                ar, ai, br, bi, cr, ci, dr, di = _load_map(maps, tiles - 1 - back, inside)
+                s_re, s_im = _leaving(  # from the right the same numbers, rearranged
+                    ar, ai, cr * -1.0, ci * -1.0, br * -1.0, bi * -1.0, dr, di, s_re, s_im
+                )
+        ar, ai, br, bi, cr, ci, dr, di = _prefixes(products, k[0], False)
+        r_re, r_im = _leaving(ar, ai, br, bi, cr, ci, dr, di, first_re, first_im)
+        ar, ai, br, bi, cr, ci, dr, di = _prefixes(products, k[0], True)
+        x_re, x_im = _leaving(ar, ai, br, bi, cr, ci, dr, di, s_re, s_im)
+        nothing = (r_re + x_re) * 0.0
         column = start + lane * E
-        # Registers pass to the neighbour through memory, once for both directions.
+        # Registers pass to the neighbour through memory, once for both directions: tl.gather would spread
+        # a layout in which every warp repeats every lane.
         tl.store(
-            left + (column + E) // GRAIN, _pair(r_re, r_im), mask=inside & (column + E < N) & (lane < L - 1)
+            left + (column + E) // GRAIN,
+            _pair(r_re, r_im),
+            mask=_before(column + E, end, inside) & (lane < L - 1),
         )
-        tl.store(right + (column - 1) // GRAIN, _pair(x_re, x_im), mask=inside & (column < N) & (lane > 0))
+        tl.store(
+            right + (column - 1) // GRAIN, _pair(x_re, x_im), mask=_before(column, end, inside) & (lane > 0)
+        )
         tl.debug_barrier()
-        here = inside & (lane > 0) & (column < N)
+        here = _before(column, end, inside) & (lane > 0)
         r_re, r_im = _parts(tl.load(left + column // GRAIN, mask=here, other=0))
         r_re, r_im = tl.where(lane == 0, first_re, r_re), tl.where(lane == 0, first_im, r_im)
-        here = inside & (lane < L - 1) & (column + E < N)
+        here = _before(column + E, end, inside) & (lane < L - 1)
         y_re, y_im = _parts(tl.load(right + (column + E - 1) // GRAIN, mask=here, other=0))
         y_re, y_im = tl.where(lane == L - 1, s_re, y_re), tl.where(lane == L - 1, s_im, y_im)
-        if TILES > 1:
-            s_re, s_im = _at(x_re, x_im, lane == 0)
         _walk(
-            re, im, k, r_re + poison, r_im + poison, y_re + poison, y_im + poison,
-            out, left, right, column, N, kept, inside, KEEP, GRAIN, R, L, E,
+            re, im, k, r_re + nothing, r_im, y_re + nothing, y_im,
+            out, left, right, column, end, kept_end, inside, KEEP, GRAIN, R, L, E,
         )  # fmt: skip
 
 
@@ -417,10 +461,10 @@ def _serial(
 
 
 @triton.jit
-def _weights(grad, inside, start, N, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+def _weights(grad, inside, start, end, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
     """The conjugate of a tile's cotangents as two tuples."""
     i = start + tl.arange(0, L * E)[None, :]
-    re, im = _parts(tl.load(grad + i, mask=inside & (i < N), other=0))
+    re, im = _parts(tl.load(grad + i, mask=_before(i, end, inside), other=0))
     return _unpack(re, R, L, E), _unpack(im * -1.0, R, L, E)
 
 
@@ -464,11 +508,12 @@ def _backward(
     grad_a, grad_b, grad_c, grad_gamma, grad_z, B, N,
     a_row, a_step, b_row, b_step, c_row, c_step, gamma_row, gamma_step, kept, wide,
     WITH_GAMMA: tl.constexpr, Z_TENSOR: tl.constexpr, SHARED: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+    TILES: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Lanes are GRAIN elements, so that each has the ratios that enter it."""
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    inside = row < B
+    inside = tl.full((R, 1), True, tl.int1) if WHOLE else row < B
+    end, kept_end = None if WHOLE else N, None if WHOLE else kept
     row = row.to(tl.int64)
     a, b, c, gamma = a + row * a_row, b + row * b_row, c + row * c_row, gamma + row * gamma_row
     left, right, to_left, to_right = (
@@ -490,10 +535,10 @@ def _backward(
         for t in range(tiles - 1):
             start = t * L * E
             re, im = _diagonal(
-                a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
+                a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E
             )
-            k = _links(b, c, inside, start, N, b_step, c_step, R, L, E)
-            w_re, w_im = _weights(grad, inside, start, N, R, L, E)
+            k = _links(b, c, inside, start, end, b_step, c_step, R, L, E)
+            w_re, w_im = _weights(grad, inside, start, end, R, L, E)
             r_re, r_im = _parts(tl.load(left + t * L + lane, mask=inside & (lane >= 0), other=0))
             _, _, f_re, f_im, s_re, s_im = _from_left(re, im, k, w_re, w_im, r_re, r_im, R, L, E)
             x_re, x_im = _carry(f_re, f_im, s_re, s_im, in_re, in_im, False)
@@ -504,19 +549,19 @@ def _backward(
     for step in range(tiles):
         t = tiles - 1 - step
         start = t * L * E
-        re, im = _diagonal(a, gamma, inside, start, N, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
+        re, im = _diagonal(a, gamma, inside, start, end, a_step, gamma_step, z_re, z_im, WITH_GAMMA, R, L, E)
         if SHARED:
-            k = _links(b, c, inside, start, N, b_step, c_step, R, L, E)
+            k = _links(b, c, inside, start, end, b_step, c_step, R, L, E)
             b_s, c_s = k, k
         else:
-            b_s = _side(b, inside, start, N, b_step, R, L, E)
-            c_s = _side(c, inside, start, N, c_step, R, L, E)
+            b_s = _side(b, inside, start, end, b_step, R, L, E)
+            c_s = _side(c, inside, start, end, c_step, R, L, E)
             k = ()
             for e in tl.static_range(E):
                 k = k + (b_s[e] * c_s[e],)
-        w_re, w_im = _weights(grad, inside, start, N, R, L, E)
+        w_re, w_im = _weights(grad, inside, start, end, R, L, E)
         place = t * L + lane
-        here = inside & (place < kept)
+        here = _before(place, kept_end, inside)
         r_re, r_im = _parts(tl.load(left + place, mask=here, other=0))
         x_re, x_im = _parts(tl.load(right + place, mask=here, other=0))
         rs_re, rs_im, f_re, f_im, s_re, s_im = _from_left(re, im, k, w_re, w_im, r_re, r_im, R, L, E)
@@ -538,13 +583,15 @@ def _backward(
             s_re, s_im = _product(q_re, q_im, w_re[e] + s_re, w_im[e] + s_im)
         y_re, y_im = _carry(f_re, f_im, s_re, s_im, right_re, right_im, True)
 
-        tl.store(to_left + place + 1, _pair(m_re, m_im), mask=inside & (place + 1 < kept) & (lane < L - 1))
+        tl.store(
+            to_left + place + 1, _pair(m_re, m_im), mask=_before(place + 1, kept_end, inside) & (lane < L - 1)
+        )
         tl.store(to_right + place - 1, _pair(y_re, y_im), mask=here & (lane > 0))
         tl.debug_barrier()
         m_re, m_im = _parts(tl.load(to_left + place, mask=here & (lane > 0), other=0))
         m_re, m_im = tl.where(lane == 0, first_re, m_re), tl.where(lane == 0, first_im, m_im)
         v_re, v_im = _parts(
-            tl.load(to_right + place, mask=inside & (place + 1 < kept) & (lane < L - 1), other=0)
+            tl.load(to_right + place, mask=_before(place + 1, kept_end, inside) & (lane < L - 1), other=0)
         )
         v_re, v_im = tl.where(lane == L - 1, right_re, v_re), tl.where(lane == L - 1, right_im, v_im)
         if TILES > 1:
@@ -624,9 +671,22 @@ def forward(
         if serial:
             _launch(_serial, (rows,))(*pointers, N, *strides, left.shape[1], **flags, num_warps=1)
         else:
-            _launch(_forward, (triton.cdiv(rows, block.rows),))(
-                *pointers, rows, N, *strides, left.shape[1], **flags, **_cut(block, N)
-            )
+            cut = _cut(block, rows, N)
+            tiles = triton.cdiv(N, block.lanes * block.elements)
+            maps = left.new_empty(rows, tiles, 4) if tiles > 1 else left
+            for launch in (True, False) if tiles > 1 else (False,):
+                _launch(_forward, (triton.cdiv(rows, block.rows), tiles))(
+                    *pointers,
+                    maps,
+                    rows,
+                    N,
+                    *strides,
+                    left.shape[1],
+                    MAPS=launch,
+                    MANY=tiles > 1,
+                    **flags,
+                    **cut,
+                )
     return G, left, right
 
 
@@ -662,7 +722,9 @@ def backward(
             grad.expand(*batch, N).resolve_conj().contiguous().view(torch.int64), *tensors,
             _as_pairs(z, a), z_re, z_im, left, right, *scratch, *outputs,
             rows, N, *strides, left.shape[1], outputs[0].shape[1],
-            WITH_GAMMA=gamma is not None, Z_TENSOR=z is not None, SHARED=together, **_cut(block, N),
+            WITH_GAMMA=gamma is not None, Z_TENSOR=z is not None, SHARED=together,
+            TILES=triton.next_power_of_2(triton.cdiv(N, block.lanes * block.elements)),
+            **_cut(block, rows, N),
         )  # fmt: skip
 
     def shaped(out: Tensor, like: Tensor, first: int = 0) -> Tensor:
@@ -681,10 +743,12 @@ def _launch(kernel: Any, grid: tuple[int, ...]) -> Any:
     return kernel[grid]
 
 
-def _cut(block: Block, N: int) -> dict[str, int]:
-    tiles = triton.next_power_of_2(triton.cdiv(N, block.lanes * block.elements))
+def _cut(block: Block, rows: int, N: int) -> dict[str, Any]:
+    whole = rows % block.rows == 0 and N % (block.lanes * block.elements) == 0
+    limit = {} if block.registers is None else {"maxnreg": block.registers}
     return {
-        "TILES": tiles, "R": block.rows, "L": block.lanes, "E": block.elements, "num_warps": block.warps,
+        "WHOLE": whole, "R": block.rows, "L": block.lanes, "E": block.elements, "num_warps": block.warps,
+        **limit,
     }  # fmt: skip
 
 
