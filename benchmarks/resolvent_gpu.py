@@ -118,6 +118,11 @@ def inputs(rows: int, N: int, *, shared: bool, positive: bool = True) -> tuple[T
     return a, b, b.clone() if positive else torch.randn(*links, generator=generator, device=DEVICE)
 
 
+def named(name: Any) -> Callable[..., Tensor]:
+    """`resolvent_diagonal` at Z by one implementation."""
+    return lambda a, b, c: resolvent_diagonal(a, b, c, Z, implementation=name)
+
+
 def with_gradient(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], Any]:
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     cotangent = torch.ones(leaves[0].shape, dtype=torch.complex64, device=DEVICE)
@@ -125,9 +130,6 @@ def with_gradient(function: Callable[..., Tensor], *tensors: Tensor) -> Callable
 
 
 def implementations(quick: bool) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-    def named(name: Any) -> Callable[..., Tensor]:
-        return lambda a, b, c: resolvent_diagonal(a, b, c, Z, implementation=name)
-
     yield "pcr, graphed", named("pcr")
     yield "triton", named("triton")
     yield "serial", named("serial")
@@ -148,7 +150,7 @@ def few_rows(rows: int, N: int, quick: bool) -> None:
         line = f"{name:28}"
         calls = 2 if name == "serial" else CALLS
         for what, call in (
-            ("forward", lambda f=function: f(*tensors)),
+            ("forward", partial(function, *tensors)),
             ("forward+backward", with_gradient(function, *tensors)),
         ):
             try:
@@ -159,7 +161,7 @@ def few_rows(rows: int, N: int, quick: bool) -> None:
             base.setdefault(what, took)
             line += f"  {what} {took:9.2f}  {base[what] / took:6.2f}x pcr"
         print(line, flush=True)
-    print(f"{'an empty kernel, about':28}  {us(lambda a=tensors[0][:1, :1]: a.zero_()):.2f}")
+    print(f"{'an empty kernel, about':28}  {us(tensors[0][:1, :1].zero_):.2f}")
 
 
 def copied(megabytes: float) -> float:
@@ -175,8 +177,8 @@ def many_rows(rows: int, N: int) -> None:
         tensors = inputs(rows, N, shared=shared)
         size = rows * N * per_element
         copy = copied(size / 1e6)
-        took = us(lambda t=tensors: resolvent_diagonal(*t, Z, implementation="triton"), 10)
-        both = us(with_gradient(lambda *t: resolvent_diagonal(*t, Z, implementation="triton"), *tensors), 3)
+        took = us(partial(named("triton"), *tensors), 10)
+        both = us(with_gradient(named("triton"), *tensors), 3)
         print(
             f"{'shared' if shared else 'batched'} b and c: {took:8.1f} us, {size / took / 1e3:7.0f} GB/s of "
             f"{per_element} B an element, {size / took / copy:.0%} of a copy ({copy / 1e3:.0f} GB/s); "
@@ -189,7 +191,7 @@ def scaling(total: int, lengths: list[int]) -> None:
     print(f"\n{total} elements in all, batched b and c")
     for N in lengths:
         tensors = inputs(max(total // N, 1), N, shared=False)
-        took = us(lambda t=tensors: resolvent_diagonal(*t, Z, implementation="triton"), 10)
+        took = us(partial(named("triton"), *tensors), 10)
         print(f"N {N:6}: {took:8.1f} us, {took * 1e3 / tensors[0].numel():.4f} ns an element", flush=True)
 
 
@@ -199,8 +201,8 @@ def accuracy(rows: int, N: int, quick: bool) -> None:
     for positive in (True, False):
         tensors = inputs(rows, N, shared=False, positive=positive)
         double = [t.double() for t in tensors]
-        exact = resolvent_diagonal(*double, Z, implementation="pcr")
-        oracle = resolvent_diagonal(*(t[:2].cpu() for t in double), Z, implementation="schur").to(DEVICE)
+        exact = named("pcr")(*double)
+        oracle = named("schur")(*(t[:2].cpu() for t in double)).to(DEVICE)
         sign = "k >= 0" if positive else "either sign"
         for name, function in [("pcr, complex128, two rows", None), *implementations(quick)]:
             found, expected = (
