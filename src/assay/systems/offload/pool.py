@@ -25,7 +25,7 @@ class Block:
 
 
 class HostPool:
-    """Blocks by size class. Callers hold a lock, except that `give` may be called at any time by any thread."""
+    """Blocks by size class. Callers hold a lock, but `give` may be called at any time by any thread."""
 
     def __init__(self, budget_bytes: int, allocate: Callable[[int], Tensor]) -> None:
         self.budget_bytes = budget_bytes
