@@ -186,10 +186,10 @@ class _Kept:
     def unpack(self) -> Tensor:
         """The tensor. Autograd leaves out its check of versions where there are hooks, so it is made here."""
         if self._tensor._version != self._version:
-            what = f"{self._saved.dtype} {list(self._saved.shape)}"
+            what, now = f"{self._saved.dtype} {list(self._saved.shape)}", self._tensor._version
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: [{what}] is at version {self._tensor._version}; expected version {self._version} instead"
+                f"operation: [{what}] is at version {now}; expected version {self._version} instead"
             )
         return self._tensor
 

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,7 +218,8 @@ def test_node_may_read_its_tensors_twice() -> None:
     x_N, offload = torch.randn(64, requires_grad=True), make(max_inflight_bytes=0)
     with offload:
         (Reads.apply(x_N * 1) * torch.ones(8, 64).exp()).sum().backward()
-    assert torch.equal(x_N.grad, 16 * torch.e**1 * 0 + 2 * x_N * (torch.ones(8, 64).exp().sum(0)))  # type: ignore[arg-type]
+    assert x_N.grad is not None
+    assert torch.allclose(x_N.grad, 16 * torch.e * x_N)
     moved = offload.statistics
     assert moved.bytes_out == moved.bytes_back + moved.bytes_recalled
 
@@ -328,7 +330,8 @@ def test_parameters_buffers_and_what_the_caller_holds_stay() -> None:
     with offload:
         loss = (norm(x_BC) * mask_BC @ weight_CD.t() * leaf_BC.t().t()).sum()
     loss.backward()
-    assert set(offload.statistics.skipped) == {"held", "parameter"}
+    # batch norm also saves an empty tensor
+    assert set(offload.statistics.skipped) - {"small"} == {"held", "parameter"}
     # norm's output times the mask, and the product by the weight
     assert offload.statistics.bytes_out == 2 * 16 * 32 * 4
 
@@ -350,7 +353,8 @@ def test_strides_offsets_and_dtypes_survive() -> None:
     base = torch.arange(4096.0).reshape(4, 8, 8, 16)
     views = [
         base.permute(0, 2, 1, 3), base[1:3, ::2], base[3, 7, 7, 15:], base[:, :1].expand(4, 8, 8, 16),
-        base.to(memory_format=torch.channels_last), base.bfloat16()[2], base.view(torch.int32)[1], base[0] > 3,
+        base.to(memory_format=torch.channels_last), base.bfloat16()[2], base.view(torch.int32)[1],
+        base[0] > 3,
     ]  # fmt: skip
     want = [(t.dtype, t.shape, t.stride(), t.clone()) for t in views]
     keep = torch.ones(1, requires_grad=True)
@@ -365,9 +369,9 @@ def test_strides_offsets_and_dtypes_survive() -> None:
 def test_small_part_of_a_large_storage_travels_alone() -> None:
     big_N, offload = torch.randn(2**16, requires_grad=True) * 1, make()
     with offload:
-        loss = big_N[4096:4160].exp().sin().sum()
+        loss = big_N[4096:4160].sin().sum()
     loss.backward()
-    assert offload.statistics.bytes_out == 2 * 64 * 4
+    assert offload.statistics.bytes_out == 64 * 4
 
 
 def test_storage_that_was_written_to_is_copied_again() -> None:
@@ -434,8 +438,8 @@ def test_prefetch_is_in_reverse_order_and_bounded() -> None:
             h_N = h_N * 0.1
     h_N.sum().backward()
     assert offload.statistics.storages == 8
-    # the last two sources are still here; from the third last on, one more copy a step, two ahead of need
-    assert ahead == [2, 2, 3, 4, 5, 6, 6, 6][: len(ahead)]
+    # the last two are still on the device; each of the others that is used makes room for one more
+    assert ahead == [0, 2, 2, 3, 4, 5, 6, 6]
 
 
 def test_no_prefetch_brings_back_each_when_it_is_needed(model: nn.Module) -> None:
@@ -484,7 +488,7 @@ def test_decoder(offload: Offloader) -> None:
 
     def loss(offload: Offloader | None) -> Tensor:
         with offload or nullcontext():
-            found: Tensor = decoder(ids_BT).logsumexp(-1).sum()
+            found: Tensor = decoder(ids_BT).logits.logsumexp(-1).sum()
         return found
 
     assert same(gradients(lambda: loss(offload), leaves), gradients(lambda: loss(None), leaves))
@@ -511,6 +515,9 @@ def test_stock_llama(offload: Offloader) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, on compiling
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # likewise
 def test_compiled_module(offload: Offloader) -> None:
     torch.compiler.reset()
     compiled = nn.Sequential(*(torch.compile(block, backend="aot_eager") for block in mlp()))
@@ -518,6 +525,32 @@ def test_compiled_module(offload: Offloader) -> None:
     want = gradients(lambda: _loss(compiled, None), leaves)
     assert same(gradients(lambda: _loss(compiled, offload), leaves), want)
     assert offload.statistics.bytes_back > 0
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_fsdp2_on_one_rank(offload: Offloader) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = mlp()
+    for block in [*sharded, sharded]:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    leaves = list(sharded.parameters())
+
+    def local(offload: Offloader | None) -> list[Tensor]:
+        return [g.to_local() for g in gradients(lambda: _loss(sharded, offload), leaves)]  # type: ignore[attr-defined]
+
+    assert same(local(offload), local(None))
+    assert offload.statistics.bytes_back > 0
+    assert offload.statistics.skipped["parameter"].tensors > 0
 
 
 @pytest.mark.parametrize(
