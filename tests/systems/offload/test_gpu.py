@@ -1,4 +1,4 @@
-"""Offloading on CUDA: the same gradients, pinned memory once, a host that never waits, copies beside compute."""
+"""Offloading on CUDA: the same gradients, memory pinned once, a host that never waits, hidden copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from assay.systems.offload.hooks import Offloader, Options
 from tests.mutants.offload import CopiesOnTheComputeStream
 from tests.systems.offload.helpers import gradients, same
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # a prototype, says torch
+]
 
 MIB = 2**20
 WIDTH, ROWS = 4096, 8192  # a float32 activation is 128 MiB
@@ -26,8 +29,8 @@ def model() -> nn.Sequential:
     return nn.Sequential(*blocks).cuda()
 
 
-@pytest.fixture
-def x_BC() -> Tensor:
+@pytest.fixture(name="x_BC")
+def inputs() -> Tensor:
     return torch.randn(ROWS, WIDTH, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,35 @@ def _halves(x_BC: Tensor, _: list[Tensor]) -> Tensor:
     return torch.cat([left_BC.tanh() * right_BC, right_BC.exp().clamp(max=2.0)], -1)
 
 
+def _churn(x_BC: Tensor) -> None:
+    """Take and free storages of this size."""
+    for value in (float("nan"), 7.0, float("inf")):
+        torch.full_like(x_BC, value).exp()
+
+
 def _freed(x_BC: Tensor, _: list[Tensor]) -> Tensor:
-    """Storages of the same size come and go, while one of them is saved."""
-    for _i in range(3):
-        torch.full_like(x_BC, float("nan")).exp()
-    kept_BC = x_BC.detach().square()
-    y_BC = x_BC * kept_BC
-    del kept_BC
-    torch.full_like(x_BC, 7.0)
+    """Storages of one size come and go, in forward and in backward, while some of them are saved."""
+    _churn(x_BC)
+    y_BC = x_BC * x_BC.detach().square()
+    _churn(x_BC)
+    if y_BC.requires_grad:
+        y_BC.register_hook(_churn)
     return y_BC.tanh()
+
+
+class _Doubled(torch.autograd.Function):
+    """Writes to its input and saves it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * ctx.saved_tensors[0].cos()
 
 
 def _modified_after_saving(x_BC: Tensor, _: list[Tensor]) -> Tensor:
@@ -69,6 +90,7 @@ OPS: dict[str, Op] = {
     "double": lambda x, _: x.double().tanh().float(),
     "complex": lambda x, _: (torch.complex(x, x.sin()).conj() * torch.complex(x, x)).abs().tanh(),
     "freed": _freed,
+    "dirty": lambda x, _: _Doubled.apply(x * 1),
     "checkpoint": lambda x, w: checkpoint(_attend, x, w, use_reentrant=False),
     "modified": _modified_after_saving,
 }
@@ -95,7 +117,7 @@ def _program(
     return [torch.zeros(()) if t.grad is None else t.grad for t in (x_BC, *weights)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     names=st.lists(st.sampled_from(sorted(OPS)), min_size=1, max_size=12),
     seed=st.integers(0, 2**16),
@@ -249,8 +271,7 @@ def test_exception_in_forward_leaves_nothing(model: nn.Sequential, offload: Offl
         with pytest.raises(ZeroDivisionError):
             _loss(model, offload)
     assert offload.statistics.bytes_out > 0
-    gc.collect()
-    assert offload.pool_in_use_bytes == 0
+    _assert_empty(offload)
     handle.remove()
     _assert_works(model, offload)
 
@@ -262,10 +283,15 @@ def test_exception_in_backward_leaves_nothing(model: nn.Sequential, offload: Off
         with pytest.raises(ZeroDivisionError):
             loss.backward()
     del loss
-    gc.collect()
-    assert offload.pool_in_use_bytes == 0
+    _assert_empty(offload)
     handle.remove()
     _assert_works(model, offload)
+
+
+def _assert_empty(offload: Offloader) -> None:
+    gc.collect()
+    assert offload.pool_in_use_bytes == 0
+    assert all(ref() is None for known in offload._storages.values() for ref in known.entries)
 
 
 def _assert_works(model: nn.Module, offload: Offloader) -> None:
@@ -467,6 +493,20 @@ def test_many_steps_inside_one_context(model: nn.Module, offload: Offloader) -> 
             assert same(gradients(lambda: _loss(model, None), leaves), want)
         line = offload._step.lines[torch.device("cpu")]
         assert len(line.order) * 3 == offload.statistics.storages
+
+
+def test_threads_may_share_one_offloader() -> None:
+    offload = make(max_inflight_bytes=4096)
+    models = [mlp(seed=i) for i in range(4)]
+
+    def train(model: nn.Module) -> bool:
+        leaves = list(model.parameters())
+        want = gradients(lambda: _loss(model, None), leaves)
+        return all(same(gradients(lambda: _loss(model, offload), leaves), want) for _ in range(5))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(train, models))
+    _assert_empty(offload)
 
 
 def test_two_graphs_at_once(model: nn.Module, offload: Offloader) -> None:
