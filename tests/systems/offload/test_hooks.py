@@ -361,6 +361,17 @@ def test_parameters_buffers_and_what_the_caller_holds_stay() -> None:
     assert offload.statistics.bytes_out == 2 * 16 * 32 * 4
 
 
+def test_inputs_of_one_step_are_named_inside_it(model: nn.Module) -> None:
+    offload, x_BC = make(held=[model]), torch.randn(16, 32)
+    for hold, times in ((True, 1), (False, 0)):
+        with offload:
+            if hold:
+                offload.hold({"x": x_BC})
+            model(x_BC).sum().backward()
+        held = offload.statistics.skipped.get("held")
+        assert (held.tensors if held else 0) == times
+
+
 def test_strides_offsets_and_dtypes_survive() -> None:
     seen: list[tuple[Any, ...]] = []
 

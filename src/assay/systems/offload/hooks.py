@@ -149,6 +149,13 @@ class Offloader:
         with self._lock:
             return self._pool.in_use
 
+    def hold(self, *held: object) -> None:
+        """Name more that the caller keeps, such as this step's inputs: until the context is entered anew."""
+        with self._lock:
+            for tensor in _tensors(held):
+                if _is_plain(tensor):
+                    self._storage_of(tensor).stays = "held"
+
     def release(self) -> None:
         """Give the host memory that no graph uses back to the system."""
         with self._lock:
@@ -177,9 +184,7 @@ class Offloader:
         self._purge(keep_decisions=False)
         for lane in self._lanes.values():
             self._release(lane)
-        for tensor in _tensors(self._held):
-            if _is_plain(tensor):
-                self._storage_of(tensor).stays = "held"
+        self.hold(*self._held)
 
     def _pack(self, tensor: Tensor) -> _Kept | _Handle:
         with self._lock:
