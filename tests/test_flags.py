@@ -7,7 +7,7 @@ import pytest
 import assay
 from assay import contracts
 from assay.cli import app
-from assay.systems import decoder, resolvent
+from assay.systems import decoder, offload, resolvent
 
 WHAT = [
     "--workload",
@@ -155,6 +155,13 @@ def test_names_of_the_decoder_are_frozen() -> None:
         _ = decoder.lod
 
 
+def test_names_of_the_offloader_are_frozen() -> None:
+    assert offload.__all__ == ["Candidate", "Offloader", "Skipped", "Statistics", "offload_activations"]
+    assert set(offload.__all__) <= set(dir(offload))
+    with pytest.raises(AttributeError, match=r"'assay.systems.offload' has no attribute 'ofload'"):
+        _ = offload.ofload
+
+
 def test_names_of_the_resolvent_are_frozen() -> None:
     assert resolvent.__all__ == [
         "IMPLEMENTATIONS",
@@ -170,7 +177,7 @@ def test_names_of_the_resolvent_are_frozen() -> None:
         _ = resolvent.diagnal
 
 
-@pytest.mark.parametrize("module", [assay, contracts, decoder, resolvent])
+@pytest.mark.parametrize("module", [assay, contracts, decoder, offload, resolvent])
 def test_every_name_that_is_promised_exists(module: object) -> None:
     names: list[str] = module.__all__  # type: ignore[attr-defined]  # a module that has one
     assert [n for n in names if not hasattr(module, n)] == []

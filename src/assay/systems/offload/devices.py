@@ -1,0 +1,140 @@
+"""The little that offloading asks of a device: streams, events, copies. CUDA, and the CPU, all in order.
+
+Streams and events are opaque to the caller, who only hands them back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from assay.errors import Unavailable
+
+__all__ = ["CpuDevice", "CudaDevice", "Device", "open_device"]
+
+
+class Device(Protocol):
+    """One device; every call returns without waiting for it."""
+
+    overlaps: bool
+    """Whether copies run beside compute."""
+
+    def compute(self) -> Any:
+        """The stream that operators of this thread go to now."""
+
+    def stream(self) -> Any:
+        """A new stream."""
+
+    def record(self, stream: Any, timed: bool = False, /) -> Any:
+        """An event that is done when all that the stream was given so far is."""
+
+    def wait(self, stream: Any, event: Any, /) -> None:
+        """What the stream is given from now on starts after the event."""
+
+    def done(self, event: Any, /) -> bool:
+        """Whether the event has happened."""
+
+    def elapsed_ms(self, start: Any, end: Any, /) -> float:
+        """Time between two timed events; the only call that waits."""
+
+    def copy(self, stream: Any, destination: Tensor, source: Tensor, /) -> None:
+        """Copy on a stream."""
+
+    def empty(self, nbytes: int, /) -> Tensor:
+        """Device bytes from the memory of the compute stream."""
+
+    def used_by(self, data: Tensor, stream: Any, /) -> None:
+        """Do not reuse the memory before what this other stream was given so far is done."""
+
+    def capturing(self) -> bool:
+        """Whether a graph is being captured, into which no copy of ours may go."""
+
+
+def open_device(device: torch.device) -> Device:
+    """What drives a device. Raises Unavailable for one of another type."""
+    if device.type == "cpu":
+        return CpuDevice()
+    if device.type == "cuda":
+        return CudaDevice(device)
+    raise Unavailable(f"cannot offload from '{device.type}'", "use cuda or cpu")
+
+
+class CpuDevice:
+    """The host as a device: every copy is done when it was asked for."""
+
+    overlaps = False
+
+    def compute(self) -> None:
+        return None
+
+    def stream(self) -> None:
+        return None
+
+    def record(self, _stream: None, _timed: bool = False, /) -> None:
+        return None
+
+    def wait(self, _stream: None, _event: None, /) -> None:
+        return None
+
+    def done(self, _event: None, /) -> bool:
+        return True
+
+    def elapsed_ms(self, _start: None, _end: None, /) -> float:
+        return 0.0
+
+    def copy(self, _stream: None, destination: Tensor, source: Tensor, /) -> None:
+        destination.copy_(source)
+
+    def empty(self, nbytes: int, /) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def used_by(self, _data: Tensor, _stream: None, /) -> None:
+        return None
+
+    def capturing(self) -> bool:
+        return False
+
+
+class CudaDevice:
+    """One CUDA device. Copies from and to pinned memory leave the host free."""
+
+    overlaps = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def compute(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
+
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def record(self, stream: torch.cuda.Stream, timed: bool = False, /) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        event.record(stream)
+        return event
+
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        stream.wait_event(event)
+
+    def done(self, event: torch.cuda.Event) -> bool:
+        return bool(event.query())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def elapsed_ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def copy(self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(stream):
+            destination.copy_(source, non_blocking=True)
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def used_by(self, data: Tensor, stream: torch.cuda.Stream) -> None:
+        data.record_stream(stream)
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,152 @@
+"""Offloading on CUDA: the same gradients, memory pinned once, a host that never waits, hidden copies."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from assay.systems.offload.hooks import Offloader, Options
+from tests.mutants.offload import CopiesOnTheComputeStream
+from tests.systems.offload.helpers import gradients, same
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # a prototype, says torch
+]
+
+MIB = 2**20
+WIDTH, ROWS = 4096, 8192  # a float32 activation is 128 MiB
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(6)]
+    return nn.Sequential(*blocks).cuda()
+
+
+@pytest.fixture(name="x_BC")
+def inputs() -> Tensor:
+    return torch.randn(ROWS, WIDTH, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def sync_is_allowed_again() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def _new(
+    kind: type[Offloader] = Offloader, held: tuple[object, ...] = (), inflight_mib: int = 256
+) -> Offloader:
+    return kind(held, Options(device="cuda", max_inflight_bytes=inflight_mib * MIB))
+
+
+def _step(model: nn.Module, x_BC: Tensor, offload: Offloader) -> Tensor:
+    with offload:
+        loss: Tensor = model(x_BC).square().mean()
+    return loss
+
+
+@pytest.mark.parametrize("inflight_mib", [0, 256, 4096])
+def test_gradients_are_bit_identical(model: nn.Module, x_BC: Tensor, inflight_mib: int) -> None:
+    leaves, offload = list(model.parameters()), _new(held=(model, x_BC), inflight_mib=inflight_mib)
+    want = gradients(lambda: model(x_BC).square().mean(), leaves)
+    for _ in range(3):
+        assert same(gradients(lambda: _step(model, x_BC, offload), leaves), want)
+    moved = offload.statistics
+    assert moved.bytes_out == moved.bytes_back + moved.bytes_recalled > 0
+
+
+def test_two_backward_passes_and_a_failed_one(model: nn.Sequential, x_BC: Tensor) -> None:
+    leaves, offload = list(model.parameters()), _new(held=(model, x_BC))
+    want = gradients(lambda: model(x_BC).square().mean(), leaves)
+    handle = model[2].register_full_backward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _step(model, x_BC, offload).backward()
+    handle.remove()
+
+    def twice() -> Tensor:
+        loss = _step(model, x_BC, offload)
+        torch.autograd.grad(loss, leaves, retain_graph=True)
+        return loss
+
+    assert same(gradients(twice, leaves), want)
+
+
+def test_host_neither_pins_nor_waits_once_warm(model: nn.Module, x_BC: Tensor) -> None:
+    offload = _new(held=(model, x_BC))
+    _step(model, x_BC, offload).backward()
+    assert offload.statistics.pinned_allocations > 0
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(3):
+        _step(model, x_BC, offload).backward()
+        assert offload.statistics.pinned_allocations == 0
+    torch.cuda.set_sync_debug_mode("default")
+    assert offload.statistics.bytes_back > 0
+
+
+def test_pool_is_pinned(model: nn.Module, x_BC: Tensor) -> None:
+    offload = _new(held=(model, x_BC))
+    _step(model, x_BC, offload).backward()
+    block = offload._pool.take(128 * MIB)
+    assert block is not None and block.data.is_pinned()
+
+
+def test_peak_falls_by_what_left(model: nn.Module, x_BC: Tensor) -> None:
+    def peak(step: Callable[[], Tensor]) -> int:
+        model.zero_grad()
+        step().backward()  # warm
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        step().backward()
+        return torch.cuda.max_memory_allocated()
+
+    offload = _new(held=(model, x_BC), inflight_mib=128)
+    without = peak(lambda: model(x_BC).square().mean())
+    assert without - peak(lambda: _step(model, x_BC, offload)) > offload.statistics.bytes_out / 2
+
+
+def test_copies_run_beside_compute(model: nn.Module, x_BC: Tensor) -> None:
+    """A product takes longer than a copy here, so most of the copying must hide; on one stream none does."""
+
+    def median_ms(offload: Offloader) -> float:
+        times = []
+        for _ in range(6):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            _step(model, x_BC, offload).backward()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return statistics.median(times[1:])
+
+    beside = _new(held=(model, x_BC), inflight_mib=512)
+    in_line = _new(CopiesOnTheComputeStream, held=(model, x_BC), inflight_mib=512)
+    took_beside, took_in_line = median_ms(beside), median_ms(in_line)
+    assert beside.statistics.exposed_ms is not None
+    assert took_beside < took_in_line
+    assert beside.statistics.exposed_ms < 0.5 * took_beside
+
+
+def test_several_devices(x_BC: Tensor) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    first, second = nn.Linear(WIDTH, WIDTH).to("cuda:0"), nn.Linear(WIDTH, WIDTH).to("cuda:1")
+    leaves, offload = [*first.parameters(), *second.parameters()], _new()
+
+    def loss() -> Tensor:
+        found: Tensor = second(first(x_BC).exp().sin().to("cuda:1")).square().mean()
+        return found
+
+    def offloaded() -> Tensor:
+        with offload:
+            return loss()
+
+    assert same(gradients(offloaded, leaves), gradients(loss, leaves))
+    assert len(offload._lanes) == 2
