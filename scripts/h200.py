@@ -97,6 +97,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.out.mkdir(parents=True, exist_ok=True)
     names, gpus = arguments.only.split(","), [gpu for gpu in arguments.gpus.split(",") if gpu]
+    if unknown := [name for name in names if name not in RUNS]:
+        parser.error(f"no run '{unknown[0]}'; expected some of {', '.join(RUNS)}")
     for name in [name for name in names if NEEDS.get(name, 1) > (len(gpus) or torch.cuda.device_count())]:
         print(f"== {name}: left out, it needs {NEEDS[name]} GPUs", flush=True)
         names.remove(name)
