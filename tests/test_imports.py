@@ -31,7 +31,8 @@ CORE = (
     "scratch",
     "wire",
 )
-BENCH = ("errors", "measure.clock", "measure.record", "measure.stages")  # what a system may know of the bench
+# what a system may know of the bench
+BENCH = ("errors", "lazy", "measure.clock", "measure.record", "measure.stages")
 
 # Part -> what it may import, all relative to `assay`; the longest matching part decides. Everything may
 # import from its own part too, except as PLUGINS says; a system's own part is its folder.
@@ -49,7 +50,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "config": ("errors", "measure.record"),
     "systems": BENCH,
     "systems.c2c": (*BENCH, "systems.decoder"),
-    "systems.offload": ("errors",),  # for any training step: it knows neither bench nor model
+    "lazy": (),
+    "systems.offload": ("errors", "lazy"),  # for any training step: it knows neither bench nor model
     "systems.resolvent": (*BENCH, "systems.decoder"),  # the phase-2 model is a language model of the bench
     "systems.split": (*BENCH, "systems.decoder"),
     "contracts": ("errors", "measure.kpi", "measure.record"),
@@ -58,13 +60,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "workloads": ("contracts", "errors"),
     "workloads.op": ("contracts", "errors", "plugins"),  # the maker of arguments is named by its place
     "variants": ("contracts", "errors", "systems"),
-    "suites": (
+    "suites": (  # `systems` for what one must move or hold at the least, which is its own to say
         *("contracts", "errors", "measure.kpi", "measure.record", "measure.stats", "measure.store"),
-        *(
-            "measure.verdict",
-            "report",
-            "systems",
-        ),  # what a system must move or hold at the least is its own to say
+        *("measure.verdict", "report", "systems"),
     ),
     "suite": (*CORE, "session"),
     "wire": ("errors", "measure"),

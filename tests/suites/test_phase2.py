@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from assay import suite
+from assay.config import parse_arm
 from assay.contracts import Entry, SuiteRun
 from assay.errors import AssayError
 from assay.measure.record import Figure, Spread
@@ -333,9 +334,13 @@ def test_steps_that_cases_share_are_measured_once(machine: Machine) -> None:
 
 def test_every_arm_is_named_as_it_is_typed() -> None:
     for device in ("cpu", "cuda"):
-        for steps in _phase2_cases.steps(_phase2_cases.CPU, device).values():
-            for case, arms in steps:
-                suite._asked(case, arms)
+        every = [step for steps in _phase2_cases.steps(_phase2_cases.CPU, device).values() for step in steps]
+        assert every
+        for case, arms in every:
+            for arm in arms:
+                typed = parse_arm(arm.name)
+                assert (typed.target, typed.options, typed.env) == (arm.target, arm.options, arm.env)
+            assert suite._asked(case, arms)["arms"] == [arm.name for arm in arms]
 
 
 def test_figures_of_the_cpus_sizes_decide_no_kpi(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

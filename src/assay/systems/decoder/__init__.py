@@ -10,8 +10,9 @@ does not import torch: the names below are imported when they are first asked fo
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from assay.lazy import exports
 
 if TYPE_CHECKING:
     from assay.systems.decoder.build import load
@@ -23,24 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["SHAPES", "Decoder", "DecoderConfig", "Generator", "Parts", "RopeScaling", "load", "save"]
 
-_HOME = {
-    "SHAPES": "shapes",
-    "Decoder": "model",
-    "DecoderConfig": "shapes",
-    "Generator": "generator",
-    "Parts": "parts",
-    "RopeScaling": "shapes",
-    "load": "build",
-    "save": "loading",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name at its first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "SHAPES": "shapes",
+        "Decoder": "model",
+        "DecoderConfig": "shapes",
+        "Generator": "generator",
+        "Parts": "parts",
+        "RopeScaling": "shapes",
+        "load": "build",
+        "save": "loading",
+    },
+)

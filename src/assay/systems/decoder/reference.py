@@ -10,6 +10,7 @@ Shapes: B batch, T positions, H hidden, D head size, V vocabulary.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -106,7 +107,7 @@ def _position(state: State, config: DecoderConfig, norm: str, x_BTD: Tensor) -> 
     return x_BTD * cos_TD + torch.cat((-high, low), dim=-1) * sin_TD
 
 
-class PlainLM:
+class PlainLM(ABC):
     """A plain function of weights and ids as a language model of the bench, for oracles to derive from.
 
     It holds its own weights, which `load` replaces, and keeps no cache. `layers` names what `taps` pass on.
@@ -121,8 +122,9 @@ class PlainLM:
             for name, tensor in state.items()
         }
 
+    @abstractmethod
     def _logits(self, ids_BT: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Logits of every position, (B, T, V), from the weights that are held."""
 
     def __enter__(self) -> Self:
         return self

@@ -13,8 +13,9 @@ when they are first asked for.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from assay.lazy import exports
 
 if TYPE_CHECKING:
     from assay.systems.offload.hooks import Candidate, Offloader, offload_activations
@@ -22,21 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Candidate", "Offloader", "Skipped", "Statistics", "offload_activations"]
 
-_HOME = {
-    "Candidate": "hooks",
-    "Offloader": "hooks",
-    "Skipped": "statistics",
-    "Statistics": "statistics",
-    "offload_activations": "hooks",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name at its first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Candidate": "hooks",
+        "Offloader": "hooks",
+        "Skipped": "statistics",
+        "Statistics": "statistics",
+        "offload_activations": "hooks",
+    },
+)

@@ -11,8 +11,9 @@ package, `shapes` or `cost` does not import torch: names are imported when they 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from assay.lazy import exports
 
 if TYPE_CHECKING:
     from assay.systems.resolvent.diagonal import IMPLEMENTATIONS, resolvent_diagonal
@@ -29,23 +30,15 @@ __all__ = [
     "resolvent_diagonal",
 ]
 
-_HOME = {
-    "IMPLEMENTATIONS": "diagonal",
-    "PRESETS": "shapes",
-    "Phase2Config": "shapes",
-    "Phase2Model": "phase2",
-    "Phase2State": "phase2",
-    "create_phase2_model": "phase2",
-    "resolvent_diagonal": "diagonal",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name at its first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "IMPLEMENTATIONS": "diagonal",
+        "PRESETS": "shapes",
+        "Phase2Config": "shapes",
+        "Phase2Model": "phase2",
+        "Phase2State": "phase2",
+        "create_phase2_model": "phase2",
+        "resolvent_diagonal": "diagonal",
+    },
+)
