@@ -152,3 +152,29 @@ def test_captured_graph_follows_new_inputs(tensor_z: bool) -> None:
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head", [16, 32, 64, 128])
+def test_every_head_size_reads_what_chunks_do(head: int, dtype: torch.dtype) -> None:
+    """Every way that the memory's kernel cuts its work, with and without a state that is carried in."""
+    from assay.systems.resolvent.memory import remember
+    from assay.systems.resolvent.memory_kernel import remember_kernel
+
+    generator, heads = torch.Generator("cuda").manual_seed(head), 2
+    for B, T in ((2, 1), (2, 63), (1, 300), (2, 512), (1, 4096), (1, 5000)):
+        width = 3 * heads * head + heads
+        projected = torch.randn(B, T, width + 7, generator=generator, device="cuda").to(dtype)[..., :width]
+        state = torch.randn(B, heads, head, head, generator=generator, device="cuda")
+        *qkv, rate = projected.double().split([heads * head] * 3 + [heads], -1)
+        q, k, v = (x.view(B, T, heads, head).transpose(1, 2) for x in qkv)
+        g = -(torch.nn.functional.softplus(rate).transpose(1, 2) + 1e-3)
+        for before in (None, state):
+            y, after = remember_kernel(projected, before, heads, 0.1, 1.0, 1e-3, 10.0)
+            want, end = remember(
+                q, k, v, g.clamp_min(-10), None if before is None else state.double(), 0.1, 64
+            )
+            want = want.transpose(1, 2).reshape(B, T, -1)
+            limit = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}[dtype]
+            assert (y.double() - want).norm() < limit * want.norm(), (T, before is None)
+            assert (after.double() - end).norm() < limit * end.norm(), (T, before is None)

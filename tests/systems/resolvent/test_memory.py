@@ -111,7 +111,9 @@ def test_heads_forget_at_the_rate_their_input_sets() -> None:
     with torch.no_grad():
         memory.qkv_rate.weight.zero_()
         memory.qkv_rate.bias.zero_()
-        memory.qkv_rate.bias[-3:] = torch.tensor([-2.0, 0.0, 30.0])
+        memory.qkv_rate.bias[memory.qkv_rate.columns - 3 : memory.qkv_rate.columns] = torch.tensor(
+            [-2.0, 0.0, 30.0]
+        )
     state = torch.ones(1, 3, 16, 16)
     _, after = memory(torch.randn(1, 6, 48), state)
     rates = [0.5 * (math.log1p(math.exp(-2.0)) + LEAST_RATE), 0.5 * (math.log(2.0) + LEAST_RATE), 10.0]

@@ -46,7 +46,11 @@ def test_presets_have_the_parameters_that_are_stated(preset: str, millions: str)
     assert counted == PRESETS[preset].parameters
     assert counted - model.position.numel() == PRESETS[preset].trained_parameters
     padding = sum(p.numel() for p in model.parameters()) - counted
-    assert padding == 47 * PRESETS[preset].d_model  # 50257 rows of the head to 50304
+    config = PRESETS[preset]
+    rows = (
+        -(3 * config.memory_width + config.n_heads) % 64
+    )  # of q, k, v and rates; the head's: 50257 to 50304
+    assert padding == 47 * config.d_model + config.n_layers * rows * (config.d_model + 1)
 
 
 def test_same_seed_same_weights_in_every_dtype() -> None:
@@ -206,6 +210,7 @@ def test_compiles_whole_and_gives_the_same() -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings(*[mark.args[0] for mark in COMPILER])
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")  # the first call of a process
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch primes its own pool
 @pytest.mark.parametrize("graphs", [False, True])
 def test_compiled_float16_on_a_gpu_is_near_float32(graphs: bool) -> None:
     model = create_phase2_model("small", seed=0, device="cuda")
@@ -245,6 +250,6 @@ def test_float16_forward_takes_little_more_than_its_tensors() -> None:
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         logits_BTV = model(ids_BT)
-    assert logits_BTV.isfinite().all()
     peak = torch.cuda.max_memory_allocated() - before
+    assert logits_BTV.isfinite().all()
     assert peak <= 1.2 * sum(least_memory(model.config, 1, 4096, "fp16").values())

@@ -19,6 +19,8 @@ from assay.systems.resolvent import formulas
 
 __all__ = ["IMPLEMENTATIONS", "resolvent_diagonal"]
 
+_TRITON = find_spec("triton") is not None  # once: torch.compile cannot ask
+
 Implementation = Literal["auto", "pcr", "loop", "schur", "triton", "serial"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "pcr", "loop", "schur", "triton", "serial")
 
@@ -130,7 +132,7 @@ def _parts(
 
 
 def _kernels_run(a: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.is_cuda and find_spec("triton") is not None
+    return a.dtype == torch.float32 and a.is_cuda and _TRITON
 
 
 def _by_kernel(
@@ -140,7 +142,7 @@ def _by_kernel(
         raise UsageError(
             "a for a Triton kernel", expected="float32", got=a.dtype, remedy="use 'pcr' or 'schur'"
         )
-    if find_spec("triton") is None:
+    if not _TRITON:
         raise Unavailable("the resolvent's kernels need Triton", remedy="pip install triton, or use 'pcr'")
     if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise Unavailable(

@@ -54,13 +54,16 @@ class Block(NamedTuple):
 
 
 def choose(rows: int, N: int, *, gradient: bool = False) -> Block:
-    """The block for a problem: few warps a row, since a scan across warps goes from one to the next."""
-    width = triton.next_power_of_2(N)
+    """The block for a problem, from sweeps on an H200: few warps a row, since a scan goes from warp to warp.
+
+    Few rows are spread over programs; many share one where they are short, and their registers are limited.
+    """
+    few, width = rows <= 128, triton.next_power_of_2(N)
     elements = GRAIN if gradient else min(32, max(GRAIN, width // 32))
-    most = 512 if gradient and rows <= 128 else 128  # few rows: one tile, whatever a wide scan costs
-    lanes = min(most, max(2, width // elements))
-    together = max(1, min(128 // lanes, triton.next_power_of_2(rows)))
-    return Block(together, lanes, elements, max(1, together * lanes // 32))
+    lanes = min(512 if gradient and few else 128, max(2, width // elements))  # few rows: one tile in backward
+    together = max(1, min((32 if few else 128) // lanes, triton.next_power_of_2(rows)))
+    registers = 128 if elements == 32 and not few else None
+    return Block(together, lanes, elements, max(1, together * lanes // 32), registers)
 
 
 @triton.jit
@@ -120,11 +123,22 @@ def _before(i, end, inside):
 
 
 @triton.jit
-def _store_two(out, first, second, column, end, inside):
-    """Neighbours first and second, int64 (R, L), at column and column + 1; `inside` (R, 1) are real rows."""
-    j = tl.arange(0, 2)[None, None, :]
-    at = column[:, :, None] + j
-    tl.store(out[:, :, None] + at, tl.join(first, second), mask=_before(at, end, inside[:, :, None]))
+def _join(x, n: tl.constexpr):
+    """n tensors as one with dimensions of 2 at its end: the opposite of _split."""
+    if n == 1:
+        return x[0]
+    else:
+        return tl.join(_join(x[0::2], n // 2), _join(x[1::2], n // 2))
+
+
+@triton.jit
+def _store(out, values, start, end, inside, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+    """A tile's E tensors (R, L) of consecutive elements, as whole lines: one exchange through shared memory.
+
+    Each lane writing its own elements would touch 32 lines with every instruction, for 16 bytes of each.
+    """
+    i = start + tl.arange(0, L * E)[None, :]
+    tl.store(out + i, tl.reshape(_join(values, E), (R, L * E)), mask=_before(i, end, inside))
 
 
 @triton.jit
@@ -313,7 +327,7 @@ def _load_map(maps, t, inside):
 
 @triton.jit
 def _walk(
-    re, im, k, r_re, r_im, s_re, s_im, out, left, right, column, end, kept, inside,
+    re, im, k, r_re, r_im, s_re, s_im, out, left, right, start, column, end, kept, inside,
     KEEP: tl.constexpr, GRAIN: tl.constexpr, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """d up a lane and at once e down it, from the r = 1 / d and s = k / e that enter; writes G.
@@ -321,8 +335,7 @@ def _walk(
     They meet in the middle: before, each is kept for the other; after, each finds what the other kept.
     """
     half: tl.constexpr = E // 2
-    ds_re, ds_im, ss_re, ss_im = (), (), (), ()
-    below, above = tl.zeros((R, L), tl.int64), tl.zeros((R, L), tl.int64)
+    ds_re, ds_im, ss_re, ss_im, below, above = (), (), (), (), (), ()
     for up in tl.static_range(E):
         if KEEP and up % GRAIN == 0:
             place = (column + up) // GRAIN
@@ -336,13 +349,10 @@ def _walk(
         else:
             g_re, g_im = _inverse(d_re - ss_re[up - half], d_im - ss_im[up - half])
             h_re, h_im = _inverse(ds_re[E - 1 - up] - s_re, ds_im[E - 1 - up] - s_im)
-            g, h = _pair(g_re, g_im), _pair(h_re, h_im)
-            if up % 2 == 1:
-                _store_two(out, below, g, column + (up - 1), end, inside)
-                _store_two(out, h, above, column + (E - 1 - up), end, inside)
-            below, above = g, h
+            below, above = (_pair(h_re, h_im),) + below, above + (_pair(g_re, g_im),)
         r_re, r_im = _inverse(d_re, d_im)
         s_re, s_im = _over(k[E - 1 - up], re[E - 1 - up] - s_re, im[E - 1 - up] - s_im)
+    _store(out, below + above, start, end, inside, R, L, E)
 
 
 @triton.jit(do_not_specialize=_STRIDES)
@@ -414,7 +424,7 @@ def _forward(
         y_re, y_im = tl.where(lane == L - 1, s_re, y_re), tl.where(lane == L - 1, s_im, y_im)
         _walk(
             re, im, k, r_re + nothing, r_im, y_re + nothing, y_im,
-            out, left, right, column, end, kept_end, inside, KEEP, GRAIN, R, L, E,
+            out, left, right, start, column, end, kept_end, inside, KEEP, GRAIN, R, L, E,
         )  # fmt: skip
 
 
@@ -492,14 +502,6 @@ def _carry(f_re, f_im, s_re, s_im, x_re, x_im, REVERSE: tl.constexpr):
     f_re, f_im, s_re, s_im = tl.associative_scan((f_re, f_im, s_re, s_im), 1, _affine, reverse=REVERSE)
     x_re, x_im = _product(f_re, f_im, x_re, x_im)
     return x_re + s_re, x_im + s_im
-
-
-@triton.jit
-def _store_row(out, values, column, wide, inside, E: tl.constexpr):
-    """float32 values of a lane to a row of `wide` pairs."""
-    for e in tl.static_range(0, E, 4):
-        first, second = _pair(values[e], values[e + 1]), _pair(values[e + 2], values[e + 3])
-        _store_two(out, first, second, (column + e) // 2, wide, inside)
 
 
 @triton.jit(do_not_specialize=_STRIDES)
@@ -619,18 +621,17 @@ def _backward(
             at_link = at_link + (g_re * (p_re + t_re) - g_im * (p_im + t_im),)
             q_re, q_im = _product(rs_re[e + 1], rs_im[e + 1], rs_re[e + 1], rs_im[e + 1])
             m_re, m_im = _product(q_re, q_im, w_re[e] + l_re, w_im[e] + l_im)
-        column = start + lane * E
-        _store_row(grad_a, at_a, column, wide, inside, E)
+        _store(grad_a, at_a, start, end, inside, R, L, E)
         if WITH_GAMMA:
-            _store_row(grad_gamma, at_gamma, column, wide, inside, E)
+            _store(grad_gamma, at_gamma, start, end, inside, R, L, E)
         if SHARED:
-            _store_row(grad_b, at_link, column, wide, inside, E)
+            _store(grad_b, at_link, start, end, inside, R, L, E)
         else:
             at_b, at_c = (), ()
             for e in tl.static_range(E):
                 at_b, at_c = at_b + (c_s[e] * at_link[e],), at_c + (b_s[e] * at_link[e],)
-            _store_row(grad_b, at_b, column, wide, inside, E)
-            _store_row(grad_c, at_c, column, wide, inside, E)
+            _store(grad_b, at_b, start, end, inside, R, L, E)
+            _store(grad_c, at_c, start, end, inside, R, L, E)
         sum_re, sum_im = tl.reduce((lane_re, lane_im), 1, _add_two)
         total_re, total_im = total_re + sum_re[:, None], total_im + sum_im[:, None]
     tl.store(grad_z + row, _pair(total_re, total_im * -1.0), mask=inside)
@@ -717,7 +718,7 @@ def backward(
     if rows:
         tensors, strides = _arguments(a, b, c, gamma, batch)
         scratch = (torch.empty_like(left), torch.empty_like(right))
-        outputs = [out.view(torch.int64) for out in (to_a, to_b, to_c, to_gamma, to_z)]
+        outputs = (to_a, to_b, to_c, to_gamma, to_z.view(torch.int64))
         _launch(_backward, (triton.cdiv(rows, block.rows),))(
             grad.expand(*batch, N).resolve_conj().contiguous().view(torch.int64), *tensors,
             _as_pairs(z, a), z_re, z_im, left, right, *scratch, *outputs,
@@ -787,7 +788,9 @@ def _as_pairs(z: Tensor | None, a: Tensor) -> Tensor:
     return a if z is None else torch.view_as_real(z.resolve_conj())
 
 
-@torch.library.custom_op("assay::resolvent_diagonal_triton", mutates_args=())
+@torch.library.custom_op(
+    "assay::resolvent_diagonal_triton", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
 def diagonal(
     a: Tensor, b: Tensor, c: Tensor, gamma: Tensor | None, z: Tensor | None, z_re: float, z_im: float,
     keep: bool, serial: bool,
@@ -809,7 +812,9 @@ def _(
     return torch.empty(*batch, N, dtype=torch.complex64, device=a.device), left, right
 
 
-@torch.library.custom_op("assay::resolvent_diagonal_triton_backward", mutates_args=())
+@torch.library.custom_op(
+    "assay::resolvent_diagonal_triton_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
 def _gradients(
     grad: Tensor, a: Tensor, b: Tensor, c: Tensor, gamma: Tensor | None, z: Tensor | None,
     z_re: float, z_im: float, left: Tensor, right: Tensor,

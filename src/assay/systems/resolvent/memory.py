@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 
 from assay.systems.decoder.precision import at_least_float32
+from assay.systems.resolvent.aligned import AlignedLinear
 from assay.systems.resolvent.shapes import Phase2Config
 
 __all__ = ["LEAST_RATE", "MOST_FORGOTTEN", "HebbianMemory", "remember", "resonate", "snr_filter"]
@@ -52,7 +53,7 @@ class HebbianMemory(nn.Module):
         self.tau, self.rho = config.snr_filter, config.resonance
         width = config.memory_width
         self._widths = [width, width, width, config.n_heads]
-        self.qkv_rate = nn.Linear(config.d_model, sum(self._widths))
+        self.qkv_rate = AlignedLinear("qkv_rate", config.d_model, sum(self._widths), bias=True)
         self.out = nn.Linear(width, config.d_model)
 
     def forward(self, x_BTD: Tensor, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,12 @@ from torch.nn import functional as F  # noqa: N812 - the name that torch's own d
 
 from assay.errors import UsageError
 from assay.measure.record import Scalar
+from assay.systems.resolvent.aligned import AlignedLinear
 from assay.systems.resolvent.memory import HebbianMemory
 from assay.systems.resolvent.mixer import ResolventMixer
 from assay.systems.resolvent.shapes import VOCABULARY, Phase2Config, phase2_config
 
 __all__ = ["Phase2Model", "Phase2State", "create_phase2_model"]
-
-_ALIGNED = 64  # logits a row: rows begin where a matrix unit can store them at full width
 
 
 class Phase2State(NamedTuple):
@@ -63,22 +62,6 @@ class Block(nn.Module):
         return x_BTD + fed_BTD, memory
 
 
-class Head(nn.Linear):
-    """Logits of V tokens. Rows of zeros fill the weight up to a multiple of 64; no checkpoint has them.
-
-    A matrix unit works at full width only where rows of its result begin aligned, and an odd V (50257) leaves
-    none that do. The product is made for all rows, and the logits are a view of it: 0.1% more of both,
-    whereas padding weight or result at each call would copy one of them.
-    """
-
-    def __init__(self, width: int, vocab_size: int) -> None:
-        super().__init__(width, -(-vocab_size // _ALIGNED) * _ALIGNED, bias=False)
-        self.pieces = {"head": vocab_size}  # what a checkpoint knows: state.named_state
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return super().forward(x_BTD)[..., : self.pieces["head"]]
-
-
 class Phase2Model(nn.Module):
     """See create_phase2_model. Positions beyond `n_seq` and couplings of longer calls are made as needed."""
 
@@ -93,7 +76,7 @@ class Phase2Model(nn.Module):
             Block(config, implementation) for _ in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(config.d_model)
-        self.head = Head(config.d_model, config.vocab_size)
+        self.head = AlignedLinear("head", config.d_model, config.vocab_size, bias=False)
 
     @overload
     def forward(self, input_ids: Tensor, state: Phase2State | None = None) -> Tensor: ...
@@ -209,13 +192,14 @@ def initialise(model: Phase2Model, generator: torch.Generator | None) -> None:
             noise /= math.sqrt(parameter.shape[1])
         if name.endswith(("out.weight", "down.weight")):
             noise /= writers
-        if name == "head.weight":
-            noise[model.config.vocab_size :] = 0
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, AlignedLinear):
+            noise[layer.columns :] = 0
         parameter.copy_(noise)
-    heads = model.config.n_heads
+    heads, columns = model.config.n_heads, model.blocks[0].memory.qkv_rate.columns
     rates = torch.logspace(-1, -6, heads, base=2) if heads > 1 else torch.full((1,), 0.125)
     for block in model.blocks:
-        block.memory.qkv_rate.bias[-heads:] = rates.expm1().log()
+        block.memory.qkv_rate.bias[columns - heads : columns] = rates.expm1().log()
 
 
 def waves(start: int, count: int, width: int, device: torch.device | None = None) -> Tensor:
