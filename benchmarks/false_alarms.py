@@ -1,6 +1,7 @@
 """Can the verdicts be believed on this machine? One build against itself, and extra work: 10%, on CUDA 3%.
 
     python benchmarks/false_alarms.py [--same 40] [--slower 10] [--device cpu] [--shape tiny] [--gpus 0,1]
+                                      [--first 0]
 
 Every verdict comes from five launches of two fresh processes each, on short steps; several GPUs work through
 the verdicts side by side, each verdict on one of them. Prints each ratio, then the rate of false alarms
@@ -57,10 +58,10 @@ def series(
     free = spawn.Queue()
     for gpu in a.gpus:
         free.put(gpu)
-    found = []
+    found, numbers = [], range(a.first, a.first + count)  # a number is the seed of its inputs
     with ProcessPoolExecutor(len(a.gpus) or 1, spawn, _on_one, (free if a.gpus else None,)) as pool:
-        asked = [pool.submit(verdict, arms, seed, a.device, a.shape, length, blocks) for seed in range(count)]
-        for number, answer in enumerate(asked, 1):
+        asked = [pool.submit(verdict, arms, seed, a.device, a.shape, length, blocks) for seed in numbers]
+        for number, answer in zip(numbers, asked, strict=True):
             comparison, took_s = answer.result()
             i = comparison.interval
             shown = f"{i.ratio:.3f} [{i.low:.3f}, {i.high:.3f}]" if i else comparison.reason
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--slower", type=int, default=10)
     parser.add_argument("--device", default="cpu", choices=list(EXTRA))
     parser.add_argument("--shape", default="tiny")
+    parser.add_argument("--first", type=int, default=0, help="number of the first: to go on with a series")
     parser.add_argument("--gpus", type=lambda text: text.split(","), default=[], help="numbers: 0,1,2,3")
     a = parser.parse_args()
     good = True
