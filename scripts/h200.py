@@ -78,6 +78,7 @@ RUNS: dict[str, tuple[str, int]] = {
         "--seq-length 2048 --warmup-steps 3 --launches 2 --time-budget 4",
         0,
     ),
+    "phase2": ("phase2 --kpi --device cuda", 1),  # 4 million tokens a second is missed: docs/phase2-model.md
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
     "no-causal-mask": (f"compare eager {MUTANT.format('no_causal_mask')} --device cuda --workload infer", 2),
     "rope-discarded": (f"compare eager {MUTANT.format('rope_discarded')} --device cuda --workload train", 2),
@@ -135,6 +136,15 @@ def side_by_side(names: list[str], gpus: list[str], out: Path) -> int:
             raise
 
 
+def keep(place: Path, out: Path, name: str) -> None:
+    """Copy the records of a run, or of all the runs of a suite and what it says of its KPIs."""
+    found = [place / "records.jsonl", *sorted(place.glob("runs/*/*/records.jsonl"))]
+    if records := [path.read_bytes() for path in found if path.exists()]:
+        (out / f"{name}.jsonl").write_bytes(b"".join(records))
+    for report in place.glob("*_comprehensive_report.json"):
+        shutil.copy(report, out / f"{name}.json")
+
+
 RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
@@ -148,8 +158,10 @@ def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb+") as log:
         place = Path(folder) / "run"
         parts = [sys.executable, "-m", "assay", *shlex.split(command)]
+        if parts[3] != "doctor":
+            parts += ["--dir", str(place)]
         if parts[3] == "compare":
-            parts += ["--dir", str(place), "--output", str(Path(folder) / "seed.json")]
+            parts += ["--output", str(Path(folder) / "seed.json")]
         print(f"== {name}: assay {command}", flush=True)
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
         sink = log if gpus else None
@@ -161,8 +173,7 @@ def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
             child.terminate()
             child.wait()
             RUNNING.discard(child)
-            if (place / "records.jsonl").exists():
-                shutil.copy(place / "records.jsonl", out / f"{name}.jsonl")
+            keep(place, out, name)
             log.seek(0)
             print(log.read().decode(errors="replace"), end="", flush=True)
     took = time.monotonic() - begin

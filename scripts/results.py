@@ -5,9 +5,11 @@ python scripts/results.py
 
 from __future__ import annotations
 
+import json
 import runpy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from assay.config import from_mapping
 from assay.measure.record import Record
@@ -43,9 +45,13 @@ def section(name: str, command: str) -> str:
     if not path.exists():
         return ""
     records = read_records(path)
-    comparisons = judged(records, from_mapping(records[0].config, path.name))
     lines = [f"## {name}", "", f"    assay {command}", "", where(records), ""]
-    views = case_views(records, comparisons)
+    if (summary := path.with_suffix(".json")).exists():
+        lines += [*kpi_lines(json.loads(summary.read_text(encoding="utf-8"))["kpi_summary"]), ""]
+    views = []
+    for run in dict.fromkeys(record.run for record in records):  # a suite has one for each of its cases
+        own = [record for record in records if record.run == run]
+        views += case_views(own, judged(own, from_mapping(own[0].config, path.name)))
     for view in views:
         lines += [*case_lines(view), ""]
     for sweep in sweeps.sweeps(views):
@@ -57,6 +63,21 @@ def section(name: str, command: str) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def kpi_lines(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A table of a suite's KPIs; a figure that was not measured states why."""
+    rows = (
+        (
+            name,
+            "-" if kpi["value"] is None else f"{kpi['value']:,.4g} {kpi['unit']}",
+            f"{kpi['comparison']} {kpi['target']:,.4g} {kpi['unit']}",
+            kpi["status"],
+            kpi.get("reason", ""),
+        )
+        for name, kpi in found.items()
+    )
+    return table(("KPI", "value", "target", "status", "note"), rows, ("value", "target"))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str]) -> Iterator[str]:

@@ -162,7 +162,7 @@ def test_every_head_size_reads_what_chunks_do(head: int, dtype: torch.dtype) -> 
     from assay.systems.resolvent.memory_kernel import remember_kernel
 
     generator, heads = torch.Generator("cuda").manual_seed(head), 2
-    for B, T in ((2, 1), (2, 63), (1, 300), (2, 512), (1, 4096), (1, 5000)):
+    for B, T in ((2, 63), (1, 300), (2, 512), (1, 5000)):
         width = 3 * heads * head + heads
         projected = torch.randn(B, T, width + 7, generator=generator, device="cuda").to(dtype)[..., :width]
         state = torch.randn(B, heads, head, head, generator=generator, device="cuda")

@@ -60,7 +60,8 @@ def choose(rows: int, N: int, *, gradient: bool = False) -> Block:
     """
     few, width = rows <= 128, triton.next_power_of_2(N)
     elements = GRAIN if gradient else min(32, max(GRAIN, width // 32))
-    lanes = min(512 if gradient and few else 128, max(2, width // elements))  # few rows: one tile in backward
+    most = (512 if few else 128) if gradient else 256  # two tiles need a launch more, and read all twice
+    lanes = min(most, max(2, width // elements))
     together = max(1, min((32 if few else 128) // lanes, triton.next_power_of_2(rows)))
     registers = 128 if elements == 32 and not few else None
     return Block(together, lanes, elements, max(1, together * lanes // 32), registers)
