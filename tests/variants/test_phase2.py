@@ -26,7 +26,7 @@ COMPILER = [
     "ignore:Torchinductor does not support code generation for complex",
     "ignore:TensorFloat32:UserWarning",  # full float32 is what we asked for
     "ignore:The CUDA Graph is empty:UserWarning",  # torch primes its own pool
-    "ignore:.*Online softmax is disabled:UserWarning",  # its own choice for few rows
+    "ignore:\\s*Online softmax is disabled:UserWarning",  # its own choice for few rows
     "ignore:Attempting to run cuBLAS:UserWarning",  # the first call of a process
 ]
 

@@ -60,7 +60,8 @@ def choose(rows: int, N: int, *, gradient: bool = False) -> Block:
     """
     few, width = rows <= 128, triton.next_power_of_2(N)
     elements = GRAIN if gradient else min(32, max(GRAIN, width // 32))
-    most = (512 if few else 128) if gradient else 256  # two tiles need a launch more, and read all twice
+    # one tile where that is no slower than two, which read everything twice
+    most = (512 if few else 128) if gradient else 256 if width == 8192 else 128
     lanes = min(most, max(2, width // elements))
     together = max(1, min((32 if few else 128) // lanes, triton.next_power_of_2(rows)))
     registers = 128 if elements == 32 and not few else None
