@@ -12,6 +12,7 @@ are held. An entry lives as long as the graph holds one of its views; what it to
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -175,6 +176,19 @@ class Offloader:
         with self._lock:
             self._depth -= 1
             self._contexts.pop().__exit__(*exc)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[Self]:
+        """A step of which only the parts inside `with offload:` are offloaded."""
+        with self._lock:
+            if self._depth == 0:
+                self._begin()
+            self._depth += 1
+        try:
+            yield self
+        finally:
+            with self._lock:
+                self._depth -= 1
 
     # Packing
 

@@ -41,6 +41,9 @@ class Statistics:
     skipped: dict[str, Skipped] = field(default_factory=dict)
     """Reason -> what was left: parameter, held, small, policy, last, budget, backward, capture, device,
     layout, subclass."""
+    predicted_peak_bytes: int | None = None
+    """Of activations, where a plan chose what leaves."""
+    predicted_exposed_ms: float | None = None
     _stalls: list[Callable[[], float]] | None = field(default=None, repr=False)
 
     @property
