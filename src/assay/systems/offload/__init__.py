@@ -11,8 +11,9 @@
         model(ids_BT).loss.backward()
 
 Read hooks.py, which is the system; devices.py is the little it asks of a device, pool.py where the bytes
-wait. plan.py decides what blocks do, by what profile.py measures; planned.py has them do it. docs/offload.md shows how to use it. Importing this package does not import torch: names are imported
-when they are first asked for.
+wait. plan.py decides what blocks do, by what profile.py measures, and planned.py has them do it; choosing.py
+decides tensor by tensor. docs/offload.md shows how to use it all. Importing this package does not import
+torch: names are imported when they are first asked for.
 """
 
 from __future__ import annotations

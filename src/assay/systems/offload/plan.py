@@ -219,8 +219,8 @@ def make_plan(
 ) -> Plan:
     """The fastest plan found whose peak is at most `target_bytes`, or the leanest of at most `target_ms`.
 
-    max_inflight_bytes: the offloader's; by default the planner chooses it. choices: what blocks may do; to
-    keep is always among it.
+    max_inflight_bytes: the most that the planner may choose for the offloader; by default it is free.
+    choices: what blocks may do beside keeping.
     Up to 3 blocks all plans are simulated; beyond, those that spread offloaded blocks evenly, recompute
     early and keep late, and then the neighbours of the best.
 
@@ -229,7 +229,7 @@ def make_plan(
     goal = _Goal(target_bytes, target_ms)
     small = _merged(profile, MOST_PIECES)
     search = _Search(small, goal, {Choice.KEEP, *choices})
-    for inflight in _inflight_sizes(small) if max_inflight_bytes is None else [max_inflight_bytes]:
+    for inflight in _inflight_sizes(small, max_inflight_bytes):
         search.start(inflight)
         if len(small.blocks) <= EXACT_BLOCKS:
             search.everything()
@@ -500,10 +500,11 @@ class _Search:
         return found
 
 
-def _inflight_sizes(profile: Profile) -> list[int]:
+def _inflight_sizes(profile: Profile, most: int | None) -> list[int]:
     """Some that are worth trying, by the block that moves the most."""
     largest = max((block.movable_bytes for block in profile.blocks), default=0)
-    return [max(1, largest * quarters // 4) for quarters in (1, 4, 8)]
+    sizes = {max(1, largest * quarters // 4) for quarters in (1, 4, 8)}
+    return sorted(sizes if most is None else {most, *(size for size in sizes if size < most)})
 
 
 def _merged(profile: Profile, most: int) -> Profile:

@@ -90,6 +90,8 @@ class _Observer(Offloader):
         self._ran: list[int] = []
         self._device: Device = open_device(self.where)
         self._memory = memory
+        self._live = self._base = 0
+        self._places: dict[int, int] = {}
         self._known: dict[int, _Saved] = {}
         self._reached = -1  # the earliest storage that backward has used
 
@@ -136,11 +138,8 @@ class _Observer(Offloader):
                     saved.forward_bytes = self._beside(self._live)
             return _Watched(self, kept, saved)
 
-    _live = 0
-    _base = 0
-
     def _entry(self, tensor: Tensor) -> _Saved | None:
-        """What is known of the tensor's storage; None for one that is there without autograd, or elsewhere."""
+        """What is known of the tensor's storage; None for one that is held, or elsewhere."""
         stays = self._stays(tensor)
         if stays in ("parameter", "held", "device") or tensor.device.type == "meta":
             return None
