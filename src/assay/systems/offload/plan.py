@@ -13,8 +13,9 @@ Memory is counted above what is allocated when the step begins. Times are millis
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -34,9 +35,9 @@ __all__ = [
 
 MIB = 2**20
 MOST_PIECES = 160  # of a step while plans are searched: the more, the finer and slower
-EXACT_BLOCKS = 3  # so few have all their plans simulated
+EXACT_BLOCKS = 4  # so few have all their plans simulated
 GRID = 10  # numbers of offloaded blocks that are tried before the best one's neighbours
-MOST_MOVES = 400  # simulations that improve the best plan found
+MOST_MOVES = 600  # at the least: simulations that improve the best plan found
 
 
 class Choice(StrEnum):
@@ -221,24 +222,23 @@ def make_plan(
 
     max_inflight_bytes: the most that the planner may choose for the offloader; by default it is free.
     choices: what blocks may do beside keeping.
-    Up to 3 blocks all plans are simulated; beyond, those that spread offloaded blocks evenly, recompute
+    Up to 4 blocks all plans are simulated; beyond, those that spread offloaded blocks evenly, recompute
     early and keep late, and then the neighbours of the best.
 
     Raises UsageError where no plan found reaches the target: it says what can be reached.
     """
     goal = _Goal(target_bytes, target_ms)
     small = _merged(profile, MOST_PIECES)
-    search = _Search(small, goal, {Choice.KEEP, *choices})
+    plans = []
     for inflight in _inflight_sizes(small, max_inflight_bytes):
-        search.start(inflight)
+        search = _Search(small, goal, {Choice.KEEP, *choices}, inflight)
         if len(small.blocks) <= EXACT_BLOCKS:
             search.everything()
         else:
             search.families()
-    if len(small.blocks) > EXACT_BLOCKS:
-        search.improve()
-    best = search.best
-    assert best is not None
+            search.improve()
+        plans.append(search.best)
+    best = min(plans, key=lambda plan: goal.key(plan.predicted))
     goal.check(best.predicted)
     return best
 
@@ -249,103 +249,149 @@ def simulate(profile: Profile, choices: Sequence[Choice], max_inflight_bytes: in
     Sources leave in the order of bytes: the last `max_inflight_bytes` of them stay until backward uses
     them; compute waits where more are queued. As many bytes again come back ahead of their use.
     """
-    walk = _Walk(profile, choices, max_inflight_bytes)
-    walk.forward()
-    walk.backward()
-    return Prediction(
-        peak_bytes=walk.peak, step_ms=walk.now, exposed_ms=walk.exposed, bytes_out=sum(walk.leaves)
-    )
+    return _Step(profile).simulate(choices, max_inflight_bytes)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block's pieces under one choice, or pieces outside blocks. The lists have one number for each."""
+
+    last: int
+    stays: list[int]
+    """Bytes there after forward, if they do not leave."""
+    leaves: list[int]
+    frees: list[int]
+    """Bytes that backward frees after use."""
+    again: _Again | None = None
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A block's forward in backward."""
+
+    first: int
+    """Its input's place."""
+    ms: float
+    grown_bytes: int
+    worst_bytes: int
+
+
+class _Step:
+    """A profile, prepared to be walked through many times."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.before = [(piece.before_ms, piece.forward_bytes) for piece in profile.pieces]
+        self.after = [(piece.after_ms, piece.backward_bytes) for piece in profile.pieces]
+        self._runs: list[tuple[int | None, dict[Choice, _Part]]] = []
+        at = 0
+        for block, group in itertools.groupby(profile.pieces, lambda piece: piece.block):
+            pieces = list(group)
+            kinds = [Choice.KEEP] if block is None else list(Choice)
+            self._runs.append((block, {kind: self._part(at, block, pieces, kind) for kind in kinds}))
+            at += len(pieces)
+
+    def simulate(self, choices: Sequence[Choice], inflight: int) -> Prediction:
+        """As the function."""
+        parts = [kinds[Choice.KEEP if block is None else choices[block]] for block, kinds in self._runs]
+        walk = _Walk(self, parts, inflight)
+        walk.forward()
+        walk.backward()
+        return Prediction(
+            peak_bytes=walk.peak, step_ms=walk.now, exposed_ms=walk.exposed, bytes_out=sum(walk.leaves)
+        )
+
+    def _part(self, at: int, block: int | None, pieces: list[Piece], kind: Choice) -> _Part:
+        last = at + len(pieces) - 1
+        nbytes = [piece.nbytes for piece in pieces]
+        if block is None or not kind.recomputes:
+            leaves = [int(kind.share * piece.movable_bytes) for piece in pieces]
+            return _Part(last, nbytes, leaves, nbytes)
+        own = self.profile.blocks[block]
+        inputs = [piece.is_input for piece in pieces]
+        stays = [own.input_bytes if given else 0 for given in inputs]
+        leaves = [int(kind.share * own.input_movable_bytes) if given else 0 for given in inputs]
+        frees = [own.input_bytes if given else n for given, n in zip(inputs, nbytes, strict=True)]
+        grown = worst = 0
+        for piece in pieces:
+            grown += 0 if piece.is_input else piece.nbytes
+            worst = max(worst, grown + piece.forward_bytes)
+        again = _Again(at + inputs.index(True), own.forward_ms, grown, worst)
+        return _Part(last, stays, leaves, frees, again)
 
 
 class _Walk:
     """A step under a plan: the clocks of compute and of both directions of the link, and bytes by state."""
 
-    def __init__(self, profile: Profile, choices: Sequence[Choice], inflight: int) -> None:
-        self._profile, self._choices, self._inflight = profile, choices, inflight
-        self.now = self.exposed = self._out_free = self._back_free = 0.0
+    def __init__(self, step: _Step, parts: Sequence[_Part], inflight: int) -> None:
+        self._step, self._inflight = step, inflight
+        self._stays = [n for part in parts for n in part.stays]
+        self.leaves = [n for part in parts for n in part.leaves]
+        self._frees = [n for part in parts for n in part.frees]
+        self._again = {part.last: part.again for part in parts if part.again}
+        self.now = self.exposed = self._back_free = 0.0
         self.peak = 0
         self._here = 0  # bytes on the device that do not travel
-        self._waiting = 0  # bytes of sources whose copy out was queued
         self._ahead = 0  # bytes that come back and are not used yet
-        self.leaves = [_leaves(profile, choices, piece) for piece in profile.pieces]
-        self._leaving: deque[tuple[int, float]] = deque()  # piece, when its copy is done
+        self._away: list[int] = []  # pieces that are to be asked for, the next one last
         self._arrives: dict[int, float] = {}
 
     def forward(self) -> None:
-        ms_per_byte, here = 1e3 / self._profile.link.out_bytes_per_s, self._here
-        for k, piece in enumerate(self._profile.pieces):
-            self.now += piece.before_ms
-            leaves = self.leaves[k]
-            here += self._stays(piece) - leaves
-            if leaves:
-                self._out_free = max(self._out_free, self.now) + leaves * ms_per_byte
-                self._leaving.append((k, self._out_free))
-                self._waiting += leaves
-                while self._waiting > self._inflight and len(self._leaving) > 1:
-                    oldest, done = self._leaving.popleft()
-                    self._waiting -= self.leaves[oldest]
+        ms_per_byte = 1e3 / self._step.profile.link.out_bytes_per_s
+        here = waiting = peak = 0  # waiting: bytes of sources whose copy out was queued
+        link_free = 0.0
+        leaving: deque[tuple[int, float]] = deque()  # piece, when its copy is done
+        for k, (ms, others) in enumerate(self._step.before):
+            self.now += ms
+            here += self._stays[k]
+            if leaves := self.leaves[k]:
+                here -= leaves
+                link_free = max(link_free, self.now) + leaves * ms_per_byte
+                leaving.append((k, link_free))
+                waiting += leaves
+                while waiting > self._inflight and len(leaving) > 1:
+                    oldest, done = leaving.popleft()
+                    waiting -= self.leaves[oldest]
                     self._wait(done)
-            self.peak = max(self.peak, here + self._waiting + piece.forward_bytes)
-        self._here = here
-        self.now += self._profile.turn_ms
+            if here + waiting + others > peak:
+                peak = here + waiting + others
+        self.now += self._step.profile.turn_ms
+        self.peak, self._here = peak, here + waiting
+        there = leaving[0][0] if leaving else len(self.leaves)  # from here on sources are where they were
+        self._away = [k for k, leaves in enumerate(self.leaves[:there]) if leaves]
 
     def backward(self) -> None:
-        pieces = self._profile.pieces
-        first = self._leaving[0][0] if self._leaving else len(pieces)  # from here on sources are still there
-        self._here += self._waiting
-        self._away = [k for k, leaves in enumerate(self.leaves) if leaves and k < first]
-        block: int | None = None
-        for k in range(len(pieces) - 1, -1, -1):
-            piece = pieces[k]
-            if piece.block is not None and piece.block != block and self._choices[piece.block].recomputes:
-                self._recompute(k)
-            block = piece.block
+        for k in range(len(self.leaves) - 1, -1, -1):
+            if again := self._again.get(k):
+                if self.leaves[again.first]:
+                    self._use(again.first)
+                self.peak = max(self.peak, self._here + self._ahead + again.worst_bytes)
+                self._here += again.grown_bytes
+                self.now += again.ms
             if self.leaves[k]:
                 self._use(k)
-            self.peak = max(self.peak, self._here + self._ahead + piece.backward_bytes)
-            self.now += piece.after_ms
-            dropped = block is not None and self._choices[block].recomputes and not piece.is_input
-            self._here -= piece.nbytes if dropped else self._stays(piece)
-
-    def _stays(self, piece: Piece) -> int:
-        """Bytes that forward leaves behind, travelling or not."""
-        if piece.block is not None and self._choices[piece.block].recomputes:
-            return self._profile.blocks[piece.block].input_bytes if piece.is_input else 0
-        return piece.nbytes
-
-    def _recompute(self, last: int) -> None:
-        """The forward of the block whose last piece this is, from its input."""
-        pieces, block = self._profile.pieces, self._profile.pieces[last].block
-        assert block is not None
-        first = last
-        while first and pieces[first - 1].block == block:
-            first -= 1
-        if self.leaves[first]:
-            self._use(first)
-        grown = worst = 0
-        for piece in pieces[first : last + 1]:
-            grown += 0 if piece.is_input else piece.nbytes
-            worst = max(worst, grown + piece.forward_bytes)
-        self.peak = max(self.peak, self._here + self._ahead + worst)
-        self._here += grown
-        self.now += self._profile.blocks[block].forward_ms
+            ms, others = self._step.after[k]
+            if self._here + self._ahead + others > self.peak:
+                self.peak = self._here + self._ahead + others
+            self.now += ms
+            self._here -= self._frees[k]
 
     def _use(self, k: int) -> None:
         """Wait for a piece if it travels; then ask for those before it."""
-        nbytes = self.leaves[k]
-        if self._away and self._away[-1] == k:
+        away, leaves = self._away, self.leaves
+        if away and away[-1] == k:
             self._fetch()
         if k in self._arrives:
             self._wait(self._arrives.pop(k))
-            self._ahead -= nbytes
-            self._here += nbytes
-        while self._away and (not self._ahead or self._ahead + self.leaves[self._away[-1]] <= self._inflight):
+            self._ahead -= leaves[k]
+            self._here += leaves[k]
+        while away and (not self._ahead or self._ahead + leaves[away[-1]] <= self._inflight):
             self._fetch()
 
     def _fetch(self) -> None:
         k = self._away.pop()
-        nbytes = self.leaves[k]
-        self._back_free = max(self._back_free, self.now) + nbytes * 1e3 / self._profile.link.back_bytes_per_s
+        nbytes, rate = self.leaves[k], self._step.profile.link.back_bytes_per_s
+        self._back_free = max(self._back_free, self.now) + nbytes * 1e3 / rate
         self._arrives[k] = self._back_free
         self._ahead += nbytes
 
@@ -353,16 +399,6 @@ class _Walk:
         if until > self.now:
             self.exposed += until - self.now
             self.now = until
-
-
-def _leaves(profile: Profile, choices: Sequence[Choice], piece: Piece) -> int:
-    """Bytes of a piece that leave."""
-    if piece.block is None:
-        return 0
-    choice, movable = choices[piece.block], piece.movable_bytes
-    if choice.recomputes:
-        movable = profile.blocks[piece.block].input_movable_bytes if piece.is_input else 0
-    return int(choice.share * movable)
 
 
 class _Goal:
@@ -401,18 +437,20 @@ class _Goal:
 
 
 class _Search:
-    """The best plan so far, and where to look for a better one."""
+    """The best plan so far with so many bytes in flight, and where to look for a better one."""
 
-    def __init__(self, profile: Profile, goal: _Goal, allowed: set[Choice]) -> None:
-        self._profile, self._goal, self._n = profile, goal, len(profile.blocks)
+    def __init__(self, profile: Profile, goal: _Goal, allowed: set[Choice], inflight: int) -> None:
+        self._step, self._goal, self._n = _Step(profile), goal, len(profile.blocks)
         self._kinds = [kind for kind in Choice if kind in allowed]
+        self._inflight = inflight
         self._seen: dict[tuple[Choice, ...], Prediction] = {}
-        self._inflight = 0
-        self.best: Plan | None = None
+        self._best: tuple[Choice, ...] = (Choice.KEEP,) * self._n
+        self._try(self._best)
 
-    def start(self, inflight: int) -> None:
-        """Look at plans with this many bytes in flight."""
-        self._inflight, self._seen = inflight, {}
+    @property
+    def best(self) -> Plan:
+        """The best plan found."""
+        return Plan(choices=self._best, max_inflight_bytes=self._inflight, predicted=self._seen[self._best])
 
     def everything(self) -> None:
         """Try every plan."""
@@ -436,29 +474,27 @@ class _Search:
                         grid[n] = self._recomputed(n, part, reach, other)
 
     def improve(self) -> None:
-        """Change one block, or two neighbours, as long as it helps."""
-        assert self.best is not None
-        self.start(self.best.max_inflight_bytes)
-        helped = True
-        while helped and len(self._seen) < MOST_MOVES:
-            choices = self.best.choices
-            helped = False
-            for other in itertools.islice(self._moves(choices), MOST_MOVES):
-                self._try(other)
-                if self.best.choices != choices:
-                    helped = True
-                    break
-                if len(self._seen) >= MOST_MOVES:
-                    break
+        """Change one block or two as long as it helps."""
+        draw = random.Random(0)
+        choices = self._best
+        moves = self._moves(choices, draw)
+        for _ in range(max(MOST_MOVES, 12_000 // self._n)):
+            self._try(next(moves))
+            if self._best != choices:
+                choices = self._best
+                moves = self._moves(choices, draw)
 
-    def _moves(self, choices: tuple[Choice, ...]) -> Iterator[tuple[Choice, ...]]:
-        for i in range(self._n):
-            for kind in self._kinds:
-                if kind != choices[i]:
-                    yield (*choices[:i], kind, *choices[i + 1 :])
-        for i in range(self._n - 1):
-            if choices[i] != choices[i + 1]:
-                yield (*choices[:i], choices[i + 1], choices[i], *choices[i + 2 :])
+    def _moves(self, choices: tuple[Choice, ...], draw: random.Random) -> Iterator[tuple[Choice, ...]]:
+        """Neighbours: one block changed, two exchanged, and, drawn, two changed."""
+        for i, kind in itertools.product(range(self._n), self._kinds):
+            yield _changed(choices, {i: kind})
+        for distance in range(1, self._n):
+            for i in range(self._n - distance):
+                j = i + distance
+                if choices[i] != choices[j]:
+                    yield _changed(choices, {i: choices[j], j: choices[i]})
+        while True:
+            yield _changed(choices, {draw.randrange(self._n): draw.choice(self._kinds) for _ in range(2)})
 
     def _recomputed(
         self, offloaded: int, part: Choice, reach: int, other: Choice
@@ -494,10 +530,14 @@ class _Search:
     def _try(self, choices: tuple[Choice, ...]) -> Prediction:
         found = self._seen.get(choices)
         if found is None:
-            found = self._seen[choices] = simulate(self._profile, choices, self._inflight)
-            if self.best is None or self._goal.key(found) < self._goal.key(self.best.predicted):
-                self.best = Plan(choices=choices, max_inflight_bytes=self._inflight, predicted=found)
+            found = self._seen[choices] = self._step.simulate(choices, self._inflight)
+            if self._goal.key(found) < self._goal.key(self._seen[self._best]):
+                self._best = choices
         return found
+
+
+def _changed(choices: tuple[Choice, ...], changes: Mapping[int, Choice]) -> tuple[Choice, ...]:
+    return tuple(changes.get(i, choice) for i, choice in enumerate(choices))
 
 
 def _inflight_sizes(profile: Profile, most: int | None) -> list[int]:
