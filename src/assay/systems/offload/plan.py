@@ -316,7 +316,7 @@ class _Step:
         for piece in pieces:
             grown += 0 if piece.is_input else piece.nbytes
             worst = max(worst, grown + piece.forward_bytes)
-        again = _Again(at + inputs.index(True), own.forward_ms, grown, worst)
+        again = _Again(at, own.forward_ms, grown, worst)
         return _Part(last, stays, leaves, frees, again)
 
 
