@@ -28,10 +28,10 @@ def profile(
 ) -> Profile:
     """Equal blocks that save their input as they begin and the rest, in parts, as they go."""
     pieces = []
-    for block in range(blocks):
+    for k in range(blocks):
         pieces.append(
             Piece(
-                block=block,
+                block=k,
                 nbytes=given_bytes,
                 movable_bytes=given_bytes,
                 before_ms=0,
@@ -42,7 +42,7 @@ def profile(
         share = (saved - given_bytes) // parts
         pieces += [
             Piece(
-                block=block, nbytes=share, movable_bytes=share,
+                block=k, nbytes=share, movable_bytes=share,
                 before_ms=forward_ms / parts, after_ms=backward_ms / parts,
             )
         ] * parts  # fmt: skip
@@ -78,14 +78,11 @@ def test_copies_queue_and_compute_waits() -> None:
     one = simulate(profile(), [LEAVE, KEEP, KEEP], 80)
     assert one.exposed_ms == 0.0  # what waits stays until backward, which uses it where it is
     assert one.peak_bytes == 80 + 180
-    # beside copies of 9 ms a block, 9 ms of compute; with nothing in flight but one, the first waits for
-    # nothing, and each later input makes compute wait until what was made before it is sent
+    # With one storage in flight each input, made with the rest before it, makes compute wait until that rest
+    # is sent: at 9 until 17 and at 26 until 34 ms. In backward the last rest is still there, an input comes
+    # back beside 18 ms of compute, and a rest, asked for when the input after it is used, in 8 ms of waiting.
     every = simulate(profile(), [LEAVE] * 3, 0)
-    # inputs at 0, 17, 34: the rest at 9, 26, 43 is sent by 17, 34, 51; so compute stands 8 + 8 ms in forward
-    forward_ms = 8.0 + 8.0 + 0.0
-    # the last rest is there; its input comes back for 1 ms at 43 beside 18 of compute; so does the next rest,
-    # asked for when that input is used, at 61, for 8 ms; its input beside; and once more
-    assert every.exposed_ms == pytest.approx(forward_ms + 8.0 + 8.0)
+    assert every.exposed_ms == pytest.approx(2 * 8.0 + 2 * 8.0)
     assert every.step_ms == pytest.approx(81.0 + every.exposed_ms)
 
 

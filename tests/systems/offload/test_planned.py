@@ -57,7 +57,8 @@ class _Attention(nn.Module):
 
     def forward(self, x_BC: Tensor) -> Tensor:
         q_BC, k_BC, v_BC = self.qkv(x_BC).chunk(3, -1)
-        return x_BC + (q_BC @ k_BC.T / WIDTH).softmax(-1) @ v_BC
+        out: Tensor = x_BC + (q_BC @ k_BC.T / WIDTH).softmax(-1) @ v_BC
+        return out
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections import deque
@@ -179,11 +180,18 @@ class Offloader:
         with self._lock:
             if self._depth == 0:
                 self._begin()
-            context = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+            context = torch.autograd.graph.saved_tensors_hooks(*self._hooks())
             context.__enter__()
             self._contexts.append(context)
             self._depth += 1
         return self
+
+    def _hooks(self) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+        """Pack and unpack. Where Dynamo is at work it must not trace them, as it would in a broken graph."""
+        if "torch._dynamo" not in sys.modules:
+            return self._pack, _unpack
+        disable: Callable[[Any], Any] = torch.compiler.disable
+        return disable(self._pack), disable(_unpack)
 
     def __exit__(self, *exc: object) -> None:
         with self._lock:
