@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.errors import UsageError
@@ -106,8 +107,14 @@ def test_input_that_leaves_is_back_before_its_block_runs_again() -> None:
 
 
 def test_share_of_a_block_leaves() -> None:
-    halves = simulate(profile(), [Choice.OFFLOAD_HALF] * 3, 10**6)
-    assert halves.bytes_out == 135
+    step = profile(parts=8)
+    for choice, nbytes in (
+        (Choice.OFFLOAD_QUARTER, 20),
+        (Choice.OFFLOAD_HALF, 50),
+        (Choice.OFFLOAD_MOST, 70),
+    ):
+        assert simulate(step, [choice] * 3, 10**6).bytes_out == 3 * nbytes
+        assert simulate(planner._merged(step, 12), [choice] * 3, 10**6).bytes_out == 3 * nbytes
 
 
 def test_scaled_step_is_planned_in_proportion() -> None:
@@ -175,31 +182,42 @@ def test_plan_is_the_best_of_all(
         for found in [simulate(step, choices, inflight)]
         if found.peak_bytes <= target
     ]
-    if not fits:
-        with pytest.raises(UsageError, match="no plan fits the target; expected >= "):
-            _ = make_plan(step, target_bytes=target, max_inflight_bytes=0)
-            raise UsageError("no plan fits the target; expected >= ")  # more in flight needs more memory
+    try:
+        plan = make_plan(step, target_bytes=target, max_inflight_bytes=inflight)
+    except UsageError as e:
+        assert not fits and "no plan fits the target" in str(e)
         return
-    plan = make_plan(step, target_bytes=target, max_inflight_bytes=inflight)
     assert plan.predicted.peak_bytes <= target
-    assert plan.predicted.step_ms <= min(found.step_ms for found in fits) + 1e-6
+    assert plan.predicted.step_ms <= min([found.step_ms for found in fits], default=1e9) + 1e-6
     assert plan.predicted == simulate(step, plan.choices, plan.max_inflight_bytes)
 
 
-@settings(max_examples=10, deadline=None)
-@given(blocks=blocks_of_any_kind, rate=st.sampled_from([5.0, 20.0, 100.0]), part=st.floats(0.5, 1.0))
-def test_search_comes_within_a_tenth_of_the_best(
-    blocks: list[tuple[int, list[tuple[int, bool, float, float]], bool, int]], rate: float, part: float
-) -> None:
-    step = drawn(blocks, rate)
-    goal = planner._Goal(int(step.peak_bytes * part), None)
-    everything, search = (planner._Search(step, goal, set(Choice), 100) for _ in range(2))
-    everything.everything()
-    search.families()
-    search.improve()
-    assume(goal.fits(everything.best.predicted))
-    assert goal.fits(search.best.predicted)
-    assert search.best.predicted.step_ms <= 1.1 * everything.best.predicted.step_ms
+def test_search_mostly_finds_the_best_of_all() -> None:
+    """Four blocks that differ, drawn by a fixed seed: mostly the best plan, and never far from it."""
+    draw, gaps = random.Random(0), []
+    for _ in range(12):
+        blocks = [
+            (
+                draw.randint(0, 60),
+                [
+                    (draw.randint(1, 300), draw.random() < 0.8, 5 * draw.random(), 10 * draw.random())
+                    for _ in range(draw.randint(1, 3))
+                ],
+                draw.random() < 0.8,
+                draw.randint(0, 40),
+            )
+            for _ in range(4)
+        ]
+        step = drawn(blocks, draw.choice([5.0, 20.0, 100.0]))
+        goal = planner._Goal(int(0.7 * step.peak_bytes), None)
+        everything, search = (planner._Search(step, goal, set(Choice), 100) for _ in range(2))
+        everything.everything()
+        search.families()
+        search.improve()
+        assert goal.fits(search.best.predicted) == goal.fits(everything.best.predicted)
+        gaps.append(search.best.predicted.step_ms / everything.best.predicted.step_ms - 1)
+    assert sum(gap < 1e-9 for gap in gaps) >= 9
+    assert max(gaps) < 0.1
 
 
 def test_merging_pieces_changes_neither_bytes_nor_time() -> None:

@@ -58,7 +58,7 @@ class Choice(StrEnum):
 
     @property
     def share(self) -> float:
-        """Of the bytes that backward is left with and that may leave: how many do."""
+        """Of what it leaves to backward and may leave the device: how much does, about."""
         match self:
             case Choice.KEEP | Choice.RECOMPUTE:
                 return 0.0
@@ -70,6 +70,23 @@ class Choice(StrEnum):
                 return 0.75
             case _:
                 return 1.0
+
+
+PARTS = (Choice.OFFLOAD_QUARTER, Choice.OFFLOAD_HALF, Choice.OFFLOAD_MOST)
+
+
+class Share:
+    """Picks storages, one after another, so that about this share of their bytes leaves, evenly."""
+
+    def __init__(self, share: float) -> None:
+        self._share, self._offered, self._taken = share, 0, 0
+
+    def takes(self, nbytes: int) -> bool:
+        """Whether the next one leaves."""
+        self._offered += nbytes
+        taken = self._taken + nbytes / 2 <= self._share * self._offered
+        self._taken += nbytes if taken else 0
+        return taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +115,8 @@ class Piece:
     """Likewise from its use on."""
     is_input: bool = False
     """Whether it is what the block was given, which recomputation keeps."""
+    parts_bytes: tuple[int, ...] = ()
+    """Of several merged: what leaves of them where a part of the block does, by PARTS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +305,7 @@ class _Step:
         self._runs: list[tuple[int | None, dict[Choice, _Part]]] = []
         at = 0
         for block, group in itertools.groupby(profile.pieces, lambda piece: piece.block):
-            pieces = list(group)
+            pieces = _with_parts(list(group))
             kinds = [Choice.KEEP] if block is None else list(Choice)
             self._runs.append((block, {kind: self._part(at, block, pieces, kind) for kind in kinds}))
             at += len(pieces)
@@ -305,7 +324,9 @@ class _Step:
         last = at + len(pieces) - 1
         nbytes = [piece.nbytes for piece in pieces]
         if block is None or not kind.recomputes:
-            leaves = [int(kind.share * piece.movable_bytes) for piece in pieces]
+            part = PARTS.index(kind) if kind in PARTS else None
+            whole = int(kind.share)
+            leaves = [p.movable_bytes * whole if part is None else p.parts_bytes[part] for p in pieces]
             return _Part(last, nbytes, leaves, nbytes)
         own = self.profile.blocks[block]
         inputs = [piece.is_input for piece in pieces]
@@ -474,7 +495,7 @@ class _Search:
                         grid[n] = self._recomputed(n, part, reach, other)
 
     def improve(self) -> None:
-        """Change one block or two as long as it helps."""
+        """Change a few blocks as long as it helps."""
         draw = random.Random(0)
         choices = self._best
         moves = self._moves(choices, draw)
@@ -485,7 +506,7 @@ class _Search:
                 moves = self._moves(choices, draw)
 
     def _moves(self, choices: tuple[Choice, ...], draw: random.Random) -> Iterator[tuple[Choice, ...]]:
-        """Neighbours: one block changed, two exchanged, and, drawn, two changed."""
+        """Neighbours: one block changed, two exchanged, and, drawn, up to three changed."""
         for i, kind in itertools.product(range(self._n), self._kinds):
             yield _changed(choices, {i: kind})
         for distance in range(1, self._n):
@@ -494,7 +515,7 @@ class _Search:
                 if choices[i] != choices[j]:
                     yield _changed(choices, {i: choices[j], j: choices[i]})
         while True:
-            yield _changed(choices, {draw.randrange(self._n): draw.choice(self._kinds) for _ in range(2)})
+            yield _changed(choices, {draw.randrange(self._n): draw.choice(self._kinds) for _ in range(3)})
 
     def _recomputed(
         self, offloaded: int, part: Choice, reach: int, other: Choice
@@ -549,13 +570,27 @@ def _inflight_sizes(profile: Profile, most: int | None) -> list[int]:
 
 def _merged(profile: Profile, most: int) -> Profile:
     """The same step in fewer pieces: neighbours of one block together, inputs alone."""
+    blocks = (
+        _with_parts(list(own)) for _, own in itertools.groupby(profile.pieces, lambda piece: piece.block)
+    )
     groups = [
-        list(group)
-        for _, group in itertools.groupby(profile.pieces, lambda piece: (piece.block, piece.is_input))
+        list(group) for own in blocks for _, group in itertools.groupby(own, lambda piece: piece.is_input)
     ]
     share = max(1, (most - len(groups)) // max(1, len(profile.blocks)) + 1)
     merged = (_merge(part) for group in groups for part in _parts(group, share))
     return replace(profile, pieces=tuple(merged))
+
+
+def _with_parts(pieces: list[Piece]) -> list[Piece]:
+    """The pieces of one block with what leaves of each where a part does."""
+    if all(piece.parts_bytes for piece in pieces):
+        return pieces
+    shares = [Share(kind.share) for kind in PARTS]
+    return [
+        replace(piece, parts_bytes=tuple(n if share.takes(n) else 0 for share in shares))
+        for piece in pieces
+        for n in [piece.movable_bytes]
+    ]
 
 
 def _parts(pieces: list[Piece], most: int) -> Iterator[list[Piece]]:
@@ -582,6 +617,9 @@ def _merge(pieces: Sequence[Piece]) -> Piece:
         forward_bytes=max(piece.forward_bytes for piece in pieces),
         backward_bytes=max(piece.backward_bytes for piece in pieces),
         is_input=pieces[0].is_input,
+        parts_bytes=tuple(
+            sum(column) for column in zip(*(piece.parts_bytes for piece in pieces), strict=True)
+        ),
     )
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from assay.errors import UsageError
 from assay.systems.offload.hooks import MIB, Candidate, Offloader, Options
-from assay.systems.offload.plan import Choice, Plan, make_plan
+from assay.systems.offload.plan import Choice, Plan, Share, make_plan
 from assay.systems.offload.profile import profile_step
 from assay.systems.offload.statistics import Statistics
 
@@ -42,7 +42,8 @@ def plan_activations(
 ) -> PlannedOffloader:
     """Measure a step and plan it: a context manager under which its peak is at most `target_mib`.
 
-    The target bounds what is allocated above the start of the step; on the CPU, what autograd saves.
+    The target bounds what is allocated beside weights, gradients and all else that is there when the step
+    begins; on the CPU, what autograd saves.
     `step` is one forward and backward of the model, which runs three times and must fit without a plan; where
     it does not, give a step of a smaller batch, and in `scale` how often it goes into the true one.
     Gradients that were None before are None afterwards. The other options are those of the offloader.
@@ -131,7 +132,7 @@ class PlannedOffloader:
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         if not choice.share:
             return forward(*args, **kwargs)
-        outer, self._shares.now = self._shares.now, _Share(choice.share)
+        outer, self._shares.now = self._shares.now, Share(choice.share)
         try:
             with self.offloader:
                 return forward(*args, **kwargs)
@@ -143,23 +144,10 @@ class PlannedOffloader:
         return share is None or share.takes(candidate.nbytes)
 
 
-class _Share:
-    """Picks storages so that about this share of their bytes leaves, evenly."""
-
-    def __init__(self, share: float) -> None:
-        self._share, self._offered, self._taken = share, 0, 0
-
-    def takes(self, nbytes: int) -> bool:
-        self._offered += nbytes
-        taken = self._taken + nbytes / 2 <= self._share * self._offered
-        self._taken += nbytes if taken else 0
-        return taken
-
-
 class _Shares(threading.local):
     """That of the block that this thread runs."""
 
-    now: _Share | None = None
+    now: Share | None = None
 
 
 def _wrap(block: nn.Module, run: Callable[..., Any]) -> Callable[[], None]:
