@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,3 +339,36 @@ def test_bad_numbers_are_refused() -> None:
         plan_activations(model, list(model), lambda: None, target_mib=1, scale=0)
     with pytest.raises(UsageError, match="target_mib is too small; expected > 0; got -1"):
         offload_activations(target_mib=-1, device="cpu")
+
+
+def test_fsdp2_on_one_rank(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sharded = mlp()
+        for block in [*sharded, sharded]:
+            fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+        x_BC, leaves = torch.randn(16, 32), list(sharded.parameters())
+        profile = profile_step(
+            lambda: sharded(x_BC).square().sum().backward(), list(sharded), sharded, min_bytes=0, device="cpu"
+        )
+        assert profile.saved_bytes > 0
+        context = planned(
+            [Choice.OFFLOAD, Choice.RECOMPUTE, Choice.RECOMPUTE_OFFLOAD, Choice.KEEP], list(sharded), sharded
+        )
+
+        def local(context: Any) -> list[Tensor]:
+            def loss() -> Tensor:
+                with context:
+                    found: Tensor = sharded(x_BC).square().sum()
+                return found
+
+            return [gradient.to_local() for gradient in gradients(loss, leaves)]  # type: ignore[attr-defined]
+
+        assert same(local(context), local(nullcontext()))
+        assert context.statistics.bytes_out > 0
+    finally:
+        torch.distributed.destroy_process_group()
