@@ -26,6 +26,7 @@ from assay.systems.offload import (
     offload_activations,
     plan_activations,
     profile_step,
+    simulate,
 )
 from tests.systems.offload.helpers import gradients, make, mlp, same
 
@@ -248,6 +249,31 @@ def test_predicted_peak_is_the_ledgers_where_blocks_recompute() -> None:
     assert ledger.peak_bytes == stays + profile.outside_bytes
     assert ledger.peak_bytes <= plan.predicted.peak_bytes <= target
     loss.backward()
+
+
+@pytest.mark.parametrize("blocks_in_flight", [0.5, 1.0, 2.5])
+def test_predicted_peak_is_what_is_there_where_blocks_offload(blocks_in_flight: float) -> None:
+    """Sources that wait and copies that are back, counted as blocks end in forward and begin in backward."""
+    model = nn.Sequential(*(_Residual() for _ in range(8)))
+    x_BC = torch.randn(64, WIDTH)
+    profile = profile_step(
+        lambda: model(x_BC * 1).square().sum().backward(), list(model), model, min_bytes=0, device="cpu"
+    )
+    largest = profile.blocks[1].saved_bytes
+    inflight = int(blocks_in_flight * largest)
+    context = planned([Choice.OFFLOAD] * 8, list(model), model, inflight=inflight)
+    there: list[int] = []
+
+    def look(*_: object) -> None:
+        entries = [ref() for line in context.offloader._step.lines.values() for ref in line.order]
+        there.append(sum(e.nbytes for e in entries if e and (e.source is not None or e.restored is not None)))
+
+    for block in model:
+        block.register_forward_hook(lambda _module, _args, out: look() or (out.register_hook(look), None)[1])
+    with context:
+        model(x_BC * 1).square().sum().backward()
+    predicted = simulate(profile, [Choice.OFFLOAD] * 8, inflight).peak_bytes - profile.outside_bytes
+    assert max(there) <= predicted <= max(there) + largest
 
 
 def test_one_call_measures_and_plans(decoder: Any, ids_BT: Tensor) -> None:
