@@ -30,8 +30,8 @@ __all__ = [
     "Answer",
     "Bound",
     "Found",
-    "PeakModel",
     "Peak",
+    "PeakModel",
     "Phase",
     "Probe",
     "fit",
@@ -92,7 +92,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class PeakModel:
-    """A fitted peak. `form` is `one`, `max` or `min` of its phases; `error` the relative error of a left-out probe."""
+    """A fitted peak: `form` is `one`, `max` or `min` of its phases, `error` that of a left-out probe, relative."""
 
     form: str
     phases: tuple[Phase, ...]
