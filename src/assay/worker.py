@@ -204,6 +204,12 @@ class Runner:
             trial.step(probe.mark)
         return probe.result()
 
+    def step_again(self) -> None:
+        """One more step as it comes after the first call, neither timed nor watched."""
+        trial = self._timed()
+        trial.reset()
+        trial.step(clock.ignore)
+
     def gate(self, made: OracleMade, stage: str) -> Gated:
         """Precision tier, on the very trial that is timed where the gate runs at the case's own shape."""
         case = at(made.case, self.case.dtype)

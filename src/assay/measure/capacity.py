@@ -92,7 +92,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class PeakModel:
-    """A fitted peak: `form` is `one`, `max` or `min` of its phases, `error` that of a left-out probe, relative."""
+    """A fitted peak: `form` is `one`, `max` or `min` of its phases; `error`, relative, of left-out probes."""
 
     form: str
     phases: tuple[Phase, ...]
