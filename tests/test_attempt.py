@@ -53,7 +53,7 @@ def poor(_case: Case) -> object:
     import torch
 
     class Poor(torch.nn.Module):
-        def forward(self, ids_BT: object) -> object:
+        def forward(self, input_ids: object) -> object:
             raise Unavailable("the host has no 9.0 MiB more to pin for activations", "lower budget_bytes")
 
     return Poor()

@@ -76,6 +76,11 @@ class Bound:
     low: int
     high: int | None
 
+    def upto(self, most: int) -> Bound:
+        """The same where nothing larger than `most` may be asked for."""
+        size, high = (most if end is None else min(end, most) for end in (self.size, self.high))
+        return Bound(size, min(self.low, most), high)
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
