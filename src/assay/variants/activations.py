@@ -24,8 +24,8 @@ OPTIONS = {
     ),
     "base": Option(
         default="sdpa",
-        help="the decoder: plain with sdpa, with fused attention and loss, with Liger's kernels; or the stock "
-        "transformers model, plain or with Liger's kernels",
+        help="the decoder: plain with sdpa, with fused attention and loss, with Liger's kernels; or the "
+        "stock transformers model, plain or with Liger's kernels",
         choices=BASES,
     ),
     "min_bytes": Option(default=AUTO, help="of offload_activations; auto: 1 MiB on CUDA, 1 KiB on the CPU"),
@@ -46,7 +46,7 @@ def parts(case: Case, base: str) -> Parts:
     if base == "sdpa":
         return Parts(attention="sdpa")
     if base == "liger":
-        return Parts(attention="sdpa", **dict.fromkeys(LIGER, "liger"))
+        return Parts(attention="sdpa").but(**dict.fromkeys(LIGER, "liger"))
     cudnn = case.device.startswith("cuda") and case.dtype not in ("fp32", "fp64")
     return Parts(attention="cudnn" if cudnn else "sdpa", loss="chunked")
 
@@ -154,7 +154,7 @@ def _effect(case: Case, policy: str) -> list[Claim]:
 
 
 VARIANT = Variant(
-    summary="a decoder under an activation policy: off, offloaded, recomputed, or other libraries' offloading",
+    summary="a decoder under an activation policy: off, offloaded, recomputed, or others' offloading",
     build=build,
     options=OPTIONS,
     claims=claims,

@@ -145,7 +145,7 @@ class PolicyLM:
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a decoder, ours or transformers': `model.layers`. Raises UsageError where there are none."""
+    """The blocks of a decoder, ours or transformers'. Raises UsageError where there are none."""
     blocks = getattr(getattr(module, "model", None), "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise UsageError(f"{type(module).__name__} has no blocks", expected="a decoder with `model.layers`")

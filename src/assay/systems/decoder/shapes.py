@@ -243,8 +243,8 @@ def resolve(shape: str) -> Shape:
     """
     name, colon, layers = shape.partition(":")
     if name in SHAPES and (not colon or layers.isdecimal()):
-        changed = {"num_hidden_layers": int(layers)} if colon else {}
-        return Shape(name=shape, config=replace(SHAPES[name], **changed))
+        config = SHAPES[name]
+        return Shape(name=shape, config=replace(config, num_hidden_layers=int(layers)) if colon else config)
     path = Path(shape).expanduser()
     if path.is_dir():
         return Shape(name=shape, config=_read(path / "config.json"), folder=path)
