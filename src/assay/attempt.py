@@ -14,7 +14,10 @@ import signal
 import traceback
 from multiprocessing.connection import Connection
 
-from assay.contracts import Attempt, Attempted
+import msgspec
+
+from assay import plugins
+from assay.contracts import Attempt, Attempted, Case
 from assay.errors import UsageError
 from assay.measure.budget import Budget, budget
 from assay.measure.record import Status
@@ -77,7 +80,7 @@ def _serve(sink: Connection, request: Attempt) -> None:
     try:
         from assay.worker import open_runner
 
-        case, arm = request.case, request.arm
+        case, arm = _whole(request.case), request.arm
         runner = open_runner(Open(case=case, arm=arm, scratch="", weights="own"))
         limit = None if request.limit_mib is None else request.limit_mib * MIB
         counted = budget(case.device, limit)
@@ -96,6 +99,14 @@ def _serve(sink: Connection, request: Attempt) -> None:
         answer = _failed(request, e)
     sink.send(answer)
     os._exit(0)  # the answer is all that is wanted: nothing to close in order
+
+
+def _whole(case: Case) -> Case:
+    """The case with the workload's defaults for what it leaves out."""
+    params = {
+        name: option.default for name, option in plugins.find("workloads", case.workload).params.items()
+    }
+    return msgspec.structs.replace(case, params={**params, **case.params})
 
 
 def _failed(request: Attempt, error: BaseException) -> Attempted:

@@ -4,7 +4,7 @@ On CUDA the caching allocator keeps the limit and counts, by tensors (`peak_byte
 Without a stated limit it is what the device has: what is free at the end and what the allocator reserved.
 
 On the CPU nothing in torch keeps a limit, so the kernel does: the private writable pages of the process
-(RLIMIT_DATA), beyond those it had once torch and its threads were there. Resident memory would count what
+(RLIMIT_DATA), beyond those it had once torch and its libraries' buffers were there; on one thread. Resident memory would count what
 is shared and miss what is not yet touched; RLIMIT_AS would count libraries and reserved address space.
 Blocks of 64 KiB and more get pages of their own here, so that freed ones are gone, and the peak is exact.
 """
@@ -94,7 +94,7 @@ class HostBudget:
             raise Unavailable("a memory budget on the CPU needs Linux with glibc", "use --device cuda")
         libc.mallopt(_M_MMAP_THRESHOLD, OWN_PAGES_BYTES)
         libc.mallopt(_M_ARENA_MAX, 1)  # new ones would reserve address space, which the peak is counted in
-        _start_threads()
+        _settle()
         self.limit_bytes = float(limit_bytes)
         self._before = _pages()["VmData"]
         _limit_data(self._before + limit_bytes)
@@ -115,10 +115,11 @@ class HostBudget:
         _limit_data(None)
 
 
-def _start_threads() -> None:
-    """Those of the operators and of autograd: their stacks and buffers are no part of a step."""
+def _settle() -> None:
+    """One thread, since nothing is timed; the buffers of its libraries are no part of a step."""
     import torch
 
+    torch.set_num_threads(1)
     x = torch.ones(1024, 1024, requires_grad=True)
     (x @ x).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 

@@ -10,29 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from assay.contracts import Arm, Attempt, Attempted, Case
 from assay.errors import UsageError
 from assay.measure.capacity import Answer, Bound, Peak, PeakModel, Probe, fit, improvement_percent, largest
 from assay.measure.record import Status
+from assay.suites._vram_cases import Asked, policy_of
+from assay.systems.decoder.shapes import resolve
+
+if TYPE_CHECKING:
+    from assay.report.suite import Section
+    from assay.suites._vram_figures import Reading
 
 __all__ = [
-    "HEADERS",
-    "Axis",
-    "Capacity",
-    "Exploration",
-    "explore",
-    "facts",
-    "recommendation",
-    "replay",
-    "row",
-]
+    "Axis", "Capacity", "Exploration", "axes", "capacities", "explore", "facts", "plan", "recommendation",
+    "replay", "sections",
+]  # fmt: skip
 
 MIB = 2**20
 PROBED = 0.25  # of what the limit leaves beyond the first probe: where the probes end
 FITTED = 8  # probes smaller than the largest by more than this factor say little about larger ones
 RESOLUTION = 64  # of sizes beyond it, multiples of a step are tried: 1/64 to 1/128 of the prediction
+LENGTH_UNIT = 4  # lengths are multiples of this, and of 1/512 of the shape's positions
+COMPARED = 4  # the policies are timed side by side at this fraction of the baseline's largest batch
 HEADERS = (
     "policy", "largest", "over off", "predicted", "error", "peak MiB there", "predicted", "error", "trials",
     "what ended it",
@@ -162,6 +163,10 @@ class _Tried:
             return Answer(fits=True)
         if self.high is not None and size >= self.high:
             return Answer(fits=False)
+        return (yield from self.trial(size))
+
+    def trial(self, size: int) -> Generator[Attempt, Attempted, Answer]:
+        """Of a trial, whatever is known."""
         case = self._case_of(*self.axis.shape(size))
         found = yield Attempt(case=case, arm=self._arm, limit_mib=self._limit_mib)
         fits = found.fits
@@ -183,7 +188,7 @@ def _probe(tried: _Tried) -> Generator[Attempt, Attempted, None]:
     units = tried.low // axis.unit
     for eighths in (3, 5, 6):
         if units * eighths % 8 == 0 and units:
-            yield from tried.answer(units * eighths // 8 * axis.unit)
+            yield from tried.trial(units * eighths // 8 * axis.unit)
 
 
 def _wants_more(tried: _Tried) -> bool:
@@ -252,10 +257,72 @@ def replay(exploration: Exploration, attempts: Iterable[Attempted]) -> Capacity 
     return None
 
 
+# A run's
+
+
+def plan(asked: Asked) -> Generator[tuple[Case, Sequence[Arm]] | Attempt, Any, None]:
+    """Every policy along every axis; then the policies side by side where all that fit have room.
+
+    That last case is an ordinary one: its gates judge what the policies compute, and it has their times.
+    """
+    fitting: dict[Arm, int] = {}
+    for axis in axes(asked):
+        for arm in asked.arms:
+            found = yield from explore(axis, arm, asked.budget_mib, asked.case)
+            if found.largest and axis.name == "batch_size":
+                fitting[arm] = min(found.largest, fitting.get(arm, found.largest))
+    if fitting:
+        batch = fitting.get(asked.arms[0], min(fitting.values()))
+        yield asked.case(max(1, batch // COMPARED), min(asked.lengths)), list(fitting)
+
+
+def axes(asked: Asked) -> list[Axis]:
+    """The batch at every sequence length, and the length at every batch size, that were asked for."""
+    positions = resolve(asked.shape).config.max_position_embeddings
+    unit = max(LENGTH_UNIT, positions // 512)
+    return [Axis("batch_size", length) for length in asked.lengths] + [
+        Axis("seq_length", batch, unit, positions // unit * unit) for batch in asked.batches
+    ]
+
+
+def capacities(asked: Asked, attempts: Sequence[Attempted]) -> list[list[Capacity]]:
+    """What a run's trials say of every policy, a list for each axis."""
+    unended = "the run ended before"
+
+    def found(axis: Axis, arm: Arm) -> Capacity:
+        ended = replay(explore(axis, arm, asked.budget_mib, asked.case), attempts)
+        return ended or Capacity(axis=axis, arm=arm, reason=unended, unpredicted=unended)
+
+    return [[found(axis, arm) for arm in asked.arms] for axis in axes(asked)]
+
+
 # What is told
 
 
-def row(found: Capacity, baseline: Capacity, name: str) -> tuple[str, ...]:
+def sections(found: Sequence[Sequence[Capacity]]) -> list[Section]:
+    """A table for each axis."""
+    from assay.report.suite import Section
+
+    return [
+        Section(
+            anchor=f"oom-{along[0].axis.name}-{along[0].axis.fixed}",
+            title=str(along[0].axis),
+            said=[_said(along)],
+            headers=HEADERS,
+            rows=[_row(one, along[0]) for one in along],
+            numbers=HEADERS[1:-1],
+        )
+        for along in found
+    ]
+
+
+def _said(along: Sequence[Capacity]) -> str:
+    limit = next((one.limit_mib for one in along if one.limit_mib is not None), None)
+    told = "Predicted from small trials before any large one, with 95% intervals; then tried."
+    return told if limit is None else f"The limit is {limit:,.0f} MiB. {told}"
+
+
+def _row(found: Capacity, baseline: Capacity) -> tuple[str, ...]:
     """Under HEADERS: one policy, beside the first one along the same axis."""
     percent, _ = _improvement(baseline, found)
     predicted = "-"
@@ -263,7 +330,7 @@ def row(found: Capacity, baseline: Capacity, name: str) -> tuple[str, ...]:
         bound = found.predicted
         predicted = f"{_size(bound.size)} [{bound.low:,}, {_size(bound.high)}]"
     return (
-        name,
+        policy_of(found.arm),
         "unknown" if found.largest is None else f"{found.largest:,}",
         "-" if percent is None or found is baseline else f"{percent:+,.0f}%",
         predicted,
@@ -272,7 +339,7 @@ def row(found: Capacity, baseline: Capacity, name: str) -> tuple[str, ...]:
         "-" if found.peak is None else f"{found.peak.nbytes / MIB:,.1f}",
         _percent(found.peak_error_percent),
         str(found.trials),
-        found.reason or found.unpredicted,
+        (found.reason or found.unpredicted)[:80],
     )
 
 
@@ -292,13 +359,18 @@ def _improvement(baseline: Capacity, found: Capacity) -> tuple[float | None, str
     return improvement_percent(baseline.largest, found.largest)
 
 
-def facts(found: Capacity, baseline: Capacity) -> dict[str, Any]:
+def facts(found: Sequence[Sequence[Capacity]]) -> list[dict[str, Any]]:
     """The same as data: sizes, percent, MiB; null where there is no figure, with the reason."""
+    return [_facts(one, along[0]) for along in found for one in along]
+
+
+def _facts(found: Capacity, baseline: Capacity) -> dict[str, Any]:
     percent, why = _improvement(baseline, found)
     peak, bound, model = found.peak, found.predicted, found.model
     return {
         "axis": found.axis.name,
         "fixed": found.axis.fixed,
+        "policy": policy_of(found.arm),
         "limit_mib": found.limit_mib,
         "largest": found.largest,
         "smallest_failing": found.smallest_failing,
@@ -309,8 +381,8 @@ def facts(found: Capacity, baseline: Capacity) -> dict[str, Any]:
         "predicted_reason": found.unpredicted,
         "peak_mib": found.truth and found.truth.peak_mib,
         "reserved_mib": found.truth and found.truth.reserved_mib,
-        "predicted_peak_mib": peak
-        and {"mib": peak.nbytes / MIB, "low": peak.low / MIB, "high": peak.high / MIB},
+        "predicted_peak": peak
+        and {"mib": peak.nbytes / MIB, "low_mib": peak.low / MIB, "high_mib": peak.high / MIB},
         "predicted_peak_error_percent": found.peak_error_percent,
         "model": model and {"form": model.form, "phases": model.phases, "left_out_error": model.error},
         "trials": found.trials,
@@ -318,15 +390,20 @@ def facts(found: Capacity, baseline: Capacity) -> dict[str, Any]:
     }
 
 
-def recommendation(found: Sequence[tuple[str, Capacity]]) -> str:
-    """Which policy goes furthest along one axis; the first is the baseline."""
-    known = [(name, one) for name, one in found if one.largest]
+def recommendation(along: Sequence[Capacity], readings: Sequence[Reading]) -> str:
+    """Which policy goes furthest along an axis, and what it costs where the policies were timed."""
+    known = [one for one in along if one.largest]
     if not known:
-        return "No recommendation: nothing fits."
-    name, best = max(known, key=lambda one: one[1].largest or 0)
-    percent, why = _improvement(found[0][1], best)
-    told = f"{best.axis}: {best.largest:,} with {name}"
-    if best is found[0][1]:
+        why = next((one.reason for one in along if one.largest is None), "nothing fits")
+        return f"{along[0].axis}: {why}."
+    first, best = along[0], max(known, key=lambda one: one.largest or 0)
+    told = f"{best.axis}: {best.largest:,} with {policy_of(best.arm)}"
+    if best is first:
         return f"{told}; no other policy goes further."
-    over = f"{percent:+,.0f}%" if percent is not None else why
-    return f"{told}, against {found[0][1].largest or 0:,} with {found[0][0]} ({over})."
+    percent, why = _improvement(first, best)
+    over = why if percent is None else f"{percent:+,.0f}%"
+    told += f", against {first.largest or 0:,} with {policy_of(first.arm)} ({over})"
+    timed = next((r for r in readings if r.policy == policy_of(best.arm) and r.slowdown), None)
+    if timed is None:
+        return f"{told}."
+    return f"{told}, at {timed.slowdown} times the step time (batch {timed.batch} x {timed.length} tokens)."
