@@ -4,9 +4,10 @@ On CUDA the caching allocator keeps the limit and counts, by tensors (`peak_byte
 Without a stated limit it is what the device has: what is free at the end and what the allocator reserved.
 
 On the CPU nothing in torch keeps a limit, so the kernel does: the private writable pages of the process
-(RLIMIT_DATA), beyond those it had once torch and its libraries' buffers were there; on one thread. Resident memory would count what
-is shared and miss what is not yet touched; RLIMIT_AS would count libraries and reserved address space.
-Blocks of 64 KiB and more get pages of their own here, so that freed ones are gone, and the peak is exact.
+(RLIMIT_DATA), beyond those it had once torch and the buffers of its libraries were there. Resident memory
+would count what is shared and miss what is not yet touched; RLIMIT_AS would count libraries and reserved
+address space. Blocks of 16 KiB and more get pages of their own here, so that freed ones are gone, and one
+thread computes, so that the peak is exact and repeats.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from assay.errors import Unavailable
 __all__ = ["Budget", "CudaBudget", "HostBudget", "budget"]
 
 MIB = 2**20
-OWN_PAGES_BYTES = 2**16  # allocations from here on are pages of their own
+OWN_PAGES_BYTES = 2**14  # allocations from here on are pages of their own
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # glibc's malloc.h
 
 
@@ -120,7 +121,7 @@ def _settle() -> None:
     import torch
 
     torch.set_num_threads(1)
-    x = torch.ones(1024, 1024, requires_grad=True)
+    x = torch.ones(256, 256, requires_grad=True)  # its own peak, a MiB, is the least that can be seen
     (x @ x).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
 

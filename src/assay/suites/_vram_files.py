@@ -94,6 +94,14 @@ class Column:
 
 _SIZE = [Column("batch", "batch"), Column("tokens", "length"), Column("policy", "policy")]
 _MODE_COLUMNS = {
+    "oom": [
+        *_SIZE,
+        Column("peak MiB", "peak_mib", ",.1f"),
+        Column("step ms", "step_ms", ",.2f"),
+        Column("over off", "step_time"),
+        Column("exposed ms", "exposed_ms", ",.2f"),
+        Column("status", "reason"),
+    ],
     "peak": [
         *_SIZE,
         Column("peak MiB", "peak_mib", ",.1f"),
@@ -116,14 +124,15 @@ _MODE_COLUMNS = {
         Column("status", "reason"),
     ],
 }
-_MODE_COLUMNS["oom"] = _MODE_COLUMNS["peak"]
 
 
 def sections(figures: Figures) -> list[Section]:
     """The tables of the mode, and memory over time."""
     if figures.asked.mode == "compare":
         return _saved_sections(figures)
-    return [*oom.sections(figures.capacities), _policies(figures), _timelines(figures)]
+    if figures.asked.mode == "oom":
+        return [*oom.sections(figures.capacities), _policies(figures)]
+    return [_policies(figures), _timelines(figures)]
 
 
 def _policies(figures: Figures) -> Section:

@@ -30,9 +30,9 @@ __all__ = [
 
 MIB = 2**20
 PROBED = 0.25  # of what the limit leaves beyond the first probe: where the probes end
-FITTED = 8  # probes smaller than the largest by more than this factor say little about larger ones
+FITTED = 4  # probes smaller than the largest by more than this factor say little about larger ones
 RESOLUTION = 64  # of sizes beyond it, multiples of a step are tried: 1/64 to 1/128 of the prediction
-LENGTH_UNIT = 4  # lengths are multiples of this, and of 1/512 of the shape's positions
+LENGTH_UNIT = 2  # lengths are multiples of this, and of 1/512 of the shape's positions
 COMPARED = 4  # the policies are timed side by side at this fraction of the baseline's largest batch
 HEADERS = (
     "policy", "largest", "over off", "predicted", "error", "peak MiB there", "predicted", "error", "trials",

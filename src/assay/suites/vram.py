@@ -98,7 +98,7 @@ class Vram:
         ),
         "memory_budget_mib": Option(
             default=0,
-            help="of mode oom: what a step may take, MiB; 0: what the device has, 128 on the CPU",
+            help="of mode oom: what a step may take, MiB; 0: what the device has, 64 on the CPU",
             minimum=0,
         ),
         "launches": Option(default=1, help="fresh pairs of processes on CUDA", minimum=1),
@@ -124,6 +124,7 @@ class Vram:
     def settings(self, case: Case, options: Options) -> Mapping[str, Any]:
         """One launch and few samples where time is not what is asked for."""
         del case
+        traced = options["mode"] != "oom"
         timed, cuda = options["mode"] in ("peak", "oom"), str(options["device"]).startswith("cuda")
         if not cuda:
             isolation = {"isolation": "inline"}
@@ -131,7 +132,7 @@ class Vram:
                 "launches": 1,
                 "warmup_steps": 0,
                 "benchmark_steps": 4 if timed else 1,
-                "trace_memory": True,
+                "trace_memory": traced,
                 **isolation,
             }
         launches = int(options["launches"]) if timed else 1
@@ -139,7 +140,7 @@ class Vram:
         return {
             "launches": launches,
             "warmup_steps": 3,
-            "trace_memory": True,
+            "trace_memory": traced,
             **(sampled if timed else {"benchmark_steps": 1}),
         }
 
