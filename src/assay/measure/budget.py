@@ -53,7 +53,9 @@ class CudaBudget:
     def __init__(self, device: str, limit_bytes: int | None) -> None:
         import torch
 
-        self._cuda, self._device = torch.cuda, torch.device(device)
+        index = torch.device(device).index
+        self._cuda = torch.cuda
+        self._device = self._cuda.current_device() if index is None else index
         self._stated = limit_bytes
         free, total = self._cuda.mem_get_info(self._device)
         if limit_bytes is not None:

@@ -31,6 +31,7 @@ __all__ = [
 MIB = 2**20
 PROBED = 0.25  # of what the limit leaves beyond the first probe: where the probes end
 FITTED = 4  # probes smaller than the largest by more than this factor say little about larger ones
+FARTHEST = 8  # times the largest probe: a search starts no further away, whatever is predicted
 RESOLUTION = 64  # of sizes beyond it, multiples of a step are tried: 1/64 to 1/128 of the prediction
 LENGTH_UNIT = 2  # lengths are multiples of this, and of 1/512 of the shape's positions
 COMPARED = 4  # the policies are timed side by side at this fraction of the baseline's largest batch
@@ -108,7 +109,8 @@ def explore(axis: Axis, arm: Arm, limit_mib: int | None, case_of: Callable[[int,
     yield from _probe(tried)
     limit = max((a.limit_mib for a in tried.fitted.values() if a.limit_mib), default=limit_mib)
     model, predicted, unpredicted = _predict(axis, tried.fitted, limit)
-    yield from _search(tried, (predicted.size if predicted else None) or tried.low or axis.unit)
+    guess = (predicted.size if predicted else None) or tried.low or axis.unit
+    yield from _search(tried, min(guess, FARTHEST * max(tried.low, axis.unit)))
     low, truth = tried.low, tried.fitted.get(tried.low)
     return Capacity(
         axis=axis,
@@ -174,7 +176,8 @@ class _Tried:
             fits = False  # the host's memory, of which smaller sizes took less
         if fits:
             self.fitted[size] = found
-        self.answers[size] = Answer(fits, found.reason)
+        short = "out of memory" if found.status is Status.OUT_OF_MEMORY else found.reason
+        self.answers[size] = Answer(fits, short)
         return self.answers[size]
 
 
@@ -339,7 +342,7 @@ def _row(found: Capacity, baseline: Capacity) -> tuple[str, ...]:
         "-" if found.peak is None else f"{found.peak.nbytes / MIB:,.1f}",
         _percent(found.peak_error_percent),
         str(found.trials),
-        (found.reason or found.unpredicted)[:80],
+        found.reason or found.unpredicted,
     )
 
 
