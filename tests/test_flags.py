@@ -56,6 +56,10 @@ FLAGS = {
     "list": ["WHAT", "--what"],
     "doctor": ["--device", "--calibrate", "--launches", "--workload"],
     "phase2": ["--case", "--kpi", "--launches", "--time-budget", "--device", "--dir", "--resume"],
+    "vram": [
+        *("--mode", "--batch-sizes", "--sequence-lengths", "--shape", "--policy", "--base", "--dtype"),
+        *("--launches", "--time-budget", "--device", "--dir", "--resume"),
+    ],
 }
 
 
