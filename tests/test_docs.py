@@ -187,8 +187,8 @@ def test_planned_command_is_unknown_so_far(command: str) -> None:
 
 STRUCTS = [
     record.Record, record.Case, record.Arm, record.Attribution, record.Work, record.Summary, record.Memory,
-    record.PhaseMemory, record.Timeline, record.Saved, record.SavedShare, record.Cold, record.GateReport, record.Figure, record.Spread, record.Environment,
-    record.Method, record.SampleLine,
+    record.PhaseMemory, record.Timeline, record.Saved, record.SavedShare, record.Cold, record.GateReport,
+    record.Figure, record.Spread, record.Environment, record.Method, record.SampleLine,
 ]  # fmt: skip
 
 

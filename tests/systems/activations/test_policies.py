@@ -92,7 +92,7 @@ def test_what_moves_nothing_on_the_cpu_is_unavailable_there(name: str) -> None:
 
 def test_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(Unavailable, match="'trl' needs trl.*pip install trl"):
+    with pytest.raises(Unavailable, match=r"'trl' needs trl.*pip install trl"):
         build_policy("trl", mlp(), [], "cuda", {})
 
 
