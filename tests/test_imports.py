@@ -63,10 +63,11 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "workloads.op": ("contracts", "errors", "plugins"),  # the maker of arguments is named by its place
     "variants": ("contracts", "errors", "systems"),
     "suites": (  # `systems` for what one must move or hold at the least, which is its own to say
-        *("contracts", "errors", "measure.kpi", "measure.record", "measure.stats", "measure.store"),
-        *("measure.verdict", "report", "systems"),
+        *("contracts", "errors", "measure.capacity", "measure.kpi", "measure.record", "measure.stats"),
+        *("measure.store", "measure.verdict", "report", "systems"),
     ),
-    "suite": (*CORE, "session"),
+    "suite": (*CORE, "attempt", "session"),
+    "attempt": (*CORE, "worker"),
     "wire": ("errors", "measure"),
     "channel": CORE,
     "session": (*CORE, "worker"),  # the latter for `--isolation inline` only

@@ -208,6 +208,12 @@ class Runner:
             trial.step(probe.mark)
         return probe.result()
 
+    def step_again(self) -> None:
+        """One more step as it comes after the first call, neither timed nor watched."""
+        trial = self._timed()
+        trial.reset()
+        trial.step(clock.ignore)
+
     def trace_memory(self) -> Traced:
         """Memory over the time of one step, and what autograd saves in another, while no other arm works."""
         trial = self._timed()

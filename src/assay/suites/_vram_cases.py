@@ -15,10 +15,12 @@ __all__ = ["AUTO", "BASELINE", "MODES", "Asked", "asked", "policy_of"]
 
 AUTO = "auto"
 BASELINE = "off"
+CPU_BUDGET_MIB = 64
 BLOCKS = 12  # a shape of fewer says little about many
 MODES: Mapping[str, str] = {
     "peak": "peak of a training step under each policy against off, and what it costs in time",
     "compare": "what autograd saves without offloading: by module, dtype and shape",
+    "oom": "the largest batch and the longest sequences that fit under each policy, predicted and tried",
     "backward": "what is resident after forward, and how much more backward takes at its peak",
 }
 _THEIRS = ("torchtune", "trl")
@@ -36,6 +38,7 @@ class Asked:
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
     policies: tuple[str, ...]
+    budget_mib: int | None  # of mode oom; None: what the device has
 
     @property
     def cuda(self) -> bool:
@@ -83,7 +86,7 @@ def asked(options: Options) -> Asked:
         "shape": "llama-1b" if cuda else "tiny:12",
         "base": "fused" if cuda else "sdpa",
         "dtype": "bf16" if cuda else "fp32",
-        "batch_sizes": "16,32,40" if cuda else "4,8",
+        "batch_sizes": ("1" if cuda else "16") if mode == "oom" else "16,32,40" if cuda else "4,8",
         "sequence_lengths": "512" if cuda else "64",
     }
     chosen = {key: default[key] if text == AUTO else text for key, text in given.items()}
@@ -96,6 +99,7 @@ def asked(options: Options) -> Asked:
         batches=_sizes("--batch-sizes", chosen["batch_sizes"]),
         lengths=_sizes("--sequence-lengths", chosen["sequence_lengths"]),
         policies=_policies(str(options["policy"]), mode, cuda=cuda),
+        budget_mib=int(options["memory_budget_mib"]) or (None if cuda else CPU_BUDGET_MIB),
     )
     for length in found.lengths:
         check_params({"shape": found.shape, "seq_length": length})
@@ -128,7 +132,7 @@ def _policies(text: str, mode: str, *, cuda: bool) -> tuple[str, ...]:
         names = list(dict.fromkeys(word.strip() for word in text.split(",")))
     for name in names:
         _check_policy(name)
-    if mode == "peak" and len(names) < 2:
+    if mode in ("peak", "oom") and len(names) < 2:
         raise UsageError(
             f"--mode {mode} compares policies", expected="two or more: --policy off,offload", got=text
         )

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from assay.contracts import Arm, Case, Entry, Metric, Record
+from assay.contracts import Arm, Attempted, Case, Entry, Metric, Record
 from assay.measure.record import Status
 from assay.measure.verdict import Comparison, compare_records
+from assay.suites import _vram_oom as oom
 from assay.suites._vram_cases import BASELINE, Asked, policy_of
+from assay.suites._vram_oom import Capacity
 
 __all__ = ["Figures", "Reading", "Slowdown"]
 
@@ -109,8 +111,21 @@ class Reading:
 class Figures:
     """What the entries of one run say of every policy in every case."""
 
-    def __init__(self, entries: Sequence[Entry], asked: Asked, launches: int) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], asked: Asked, launches: int, attempts: Sequence[Attempted] = ()
+    ) -> None:
         self.entries, self.asked, self.launches = entries, asked, launches
+        self.attempts = attempts
+
+    @property
+    def cases(self) -> Sequence[Case]:
+        """Those asked for; of mode oom the one that its plan chose."""
+        return [e.case for e in self.entries] if self.asked.mode == "oom" else self.asked.cases
+
+    @cached_property
+    def capacities(self) -> list[list[Capacity]]:
+        """By axis, then by policy; those that the run did not come to the end of say so."""
+        return oom.capacities(self.asked, self.attempts) if self.asked.mode == "oom" else []
 
     @cached_property
     def comparisons(self) -> Sequence[Comparison]:
@@ -121,7 +136,7 @@ class Figures:
     @cached_property
     def readings(self) -> list[Reading]:
         """Every policy in every case, in order."""
-        return [self.reading(case, arm) for case in self.asked.cases for arm in self.asked.arms]
+        return [self.reading(case, arm) for case in self.cases for arm in self.asked.arms]
 
     def reading(self, case: Case, arm: Arm) -> Reading:
         """The arm's records in the case: of the first pair that was measured, or of the arm alone."""
@@ -165,7 +180,14 @@ class Figures:
     # -- the recommendation -------------------------------------------------------------------------
 
     def recommendation(self) -> str:
-        """Which policy has the lowest peak at the largest size, and which saves for the least time."""
+        """Which policy has the lowest peak at the largest size, and which saves for the least time.
+
+        Of mode oom: which goes furthest along each axis, at what cost. Empty of the others.
+        """
+        if self.asked.mode == "oom":
+            return " ".join(oom.recommendation(found, self.readings) for found in self.capacities)
+        if self.asked.mode != "peak":
+            return ""
         sized = sorted((r for r in self.readings if r.records), key=lambda r: (r.length * r.batch, r.batch))
         if not sized:
             return "No recommendation: nothing was measured."

@@ -16,6 +16,7 @@ import msgspec
 from assay.contracts import SuiteRun
 from assay.measure.record import Saved, Timeline
 from assay.measure.store import write_atomically
+from assay.suites import _vram_oom as oom
 from assay.suites._vram_cases import MODES
 from assay.suites._vram_figures import Figures, Reading
 
@@ -67,7 +68,7 @@ def _page(run: SuiteRun, figures: Figures) -> Page:
 
     asked = figures.asked
     environment = next((r.environment for e in figures.entries for r in e.records if r.environment), None)
-    said = [figures.recommendation()] if asked.mode == "peak" else []
+    said = [told] if (told := figures.recommendation()) else []
     said += [f"Begun {run.started}, {run.state}: {MODES[asked.mode]}."]
     said += [f"{asked.shape}, {asked.base}, {asked.dtype}, device {asked.device}."]
     if environment:
@@ -93,6 +94,14 @@ class Column:
 
 _SIZE = [Column("batch", "batch"), Column("tokens", "length"), Column("policy", "policy")]
 _MODE_COLUMNS = {
+    "oom": [
+        *_SIZE,
+        Column("peak MiB", "peak_mib", ",.1f"),
+        Column("step ms", "step_ms", ",.2f"),
+        Column("over off", "step_time"),
+        Column("exposed ms", "exposed_ms", ",.2f"),
+        Column("status", "reason"),
+    ],
     "peak": [
         *_SIZE,
         Column("peak MiB", "peak_mib", ",.1f"),
@@ -123,6 +132,8 @@ def sections(figures: Figures) -> list[Section]:
     """The tables of the mode, and memory over time."""
     if figures.asked.mode == "compare":
         return _saved_sections(figures)
+    if figures.asked.mode == "oom":
+        return [*oom.sections(figures.capacities), _policies(figures)]
     return [_policies(figures), _timelines(figures)]
 
 
@@ -256,7 +267,7 @@ def _timelines(figures: Figures) -> Section:
     said = "What a step has allocated and holds, above what was there before it. Dashed: where forward ends."
     if any(t.source == "cpu-allocator" for r in figures.readings if (t := _timeline(r))):
         said += " Torch's profiler, which sees every allocation, makes the step many times slower."
-    cases = [[r for r in figures.readings if r.case == case and _timeline(r)] for case in figures.asked.cases]
+    cases = [[r for r in figures.readings if r.case == case and _timeline(r)] for case in figures.cases]
     return Section(
         anchor="timelines",
         title="Memory over time",
@@ -311,7 +322,9 @@ def _json(run: SuiteRun, figures: Figures) -> bytes:
             for r in figures.readings
         ]
     else:
-        found["recommendation"] = figures.recommendation() if asked.mode == "peak" else None
+        found["recommendation"] = figures.recommendation() or None
+        if asked.mode == "oom":
+            found["capacities"] = oom.facts(figures.capacities)
         found["policies"] = [
             {**row(figures, reading), "timeline": _timeline(reading)} for reading in figures.readings
         ]

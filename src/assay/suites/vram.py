@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from assay.contracts import KPI, Arm, Case, Entry, Metric, Option, Options, Record, SuiteRun
+from assay.contracts import (
+    KPI,
+    Arm,
+    Attempt,
+    Attempted,
+    Case,
+    Entry,
+    Metric,
+    Option,
+    Options,
+    SuiteRun,
+)
 from assay.measure.record import Status
 from assay.suites._vram_cases import AUTO, MODES, asked
 from assay.systems.activations import POLICIES
@@ -85,14 +96,24 @@ class Vram:
             help="auto: bf16 on CUDA, fp32 on the CPU",
             choices=(AUTO, "bf16-autocast", "bf16", "fp16", "fp32"),
         ),
+        "memory_budget_mib": Option(
+            default=0,
+            help="of mode oom: what a step may take, MiB; 0: what the device has, 64 on the CPU",
+            minimum=0,
+        ),
         "launches": Option(default=1, help="fresh pairs of processes on CUDA", minimum=1),
         "time_budget": Option(default=10, help="seconds of sampling for a launch on CUDA", minimum=1),
     }
     kpis = KPIS
 
-    def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]], Sequence[Record], None]:
+    def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]] | Attempt, Any, None]:
         """Every case with all its policies; each policy alone where the first does not fit."""
         found = asked(options)
+        if found.mode == "oom":
+            from assay.suites import _vram_oom as oom
+
+            yield from oom.plan(found)
+            return
         for case in found.cases:
             records = yield case, found.arms
             baseline = [r for r in records if r.arm.name == found.arms[0].name]
@@ -103,14 +124,15 @@ class Vram:
     def settings(self, case: Case, options: Options) -> Mapping[str, Any]:
         """One launch and few samples where time is not what is asked for."""
         del case
-        timed, cuda = options["mode"] == "peak", str(options["device"]).startswith("cuda")
+        traced = options["mode"] != "oom"
+        timed, cuda = options["mode"] in ("peak", "oom"), str(options["device"]).startswith("cuda")
         if not cuda:
             isolation = {"isolation": "inline"}
             return {
                 "launches": 1,
                 "warmup_steps": 0,
                 "benchmark_steps": 4 if timed else 1,
-                "trace_memory": True,
+                "trace_memory": traced,
                 **isolation,
             }
         launches = int(options["launches"]) if timed else 1
@@ -118,7 +140,7 @@ class Vram:
         return {
             "launches": launches,
             "warmup_steps": 3,
-            "trace_memory": True,
+            "trace_memory": traced,
             **(sampled if timed else {"benchmark_steps": 1}),
         }
 
@@ -130,22 +152,23 @@ class Vram:
         """JSON, Markdown and a page of the mode: docs/vram.md."""
         from assay.suites import _vram_files as files
 
-        return files.write(run, self.figures(run.entries, run.options), folder)
+        return files.write(run, self.figures(run.entries, run.options, run.attempts), folder)
 
     def printed(self, run: SuiteRun) -> str:
         """The mode's tables and the recommendation, for a terminal."""
         from assay.report.suite import render_sections
         from assay.suites import _vram_files as files
 
-        figures = self.figures(run.entries, run.options)
-        recommended = figures.recommendation() if figures.asked.mode == "peak" else ""
-        return "\n\n".join(filter(None, [render_sections(files.sections(figures)), recommended]))
+        figures = self.figures(run.entries, run.options, run.attempts)
+        return "\n\n".join(filter(None, [render_sections(files.sections(figures)), figures.recommendation()]))
 
-    def figures(self, entries: Sequence[Entry], options: Options) -> Figures:
+    def figures(
+        self, entries: Sequence[Entry], options: Options, attempts: Sequence[Attempted] = ()
+    ) -> Figures:
         """What the entries of a run say. Imported here: listing suites waits for no statistics."""
         from assay.suites._vram_figures import Figures
 
-        return Figures(entries, asked(options), int(options["launches"]))
+        return Figures(entries, asked(options), int(options["launches"]), attempts)
 
 
 SUITE = Vram()
