@@ -21,7 +21,7 @@ from assay.suites._vram_figures import Figures
 from assay.wire import Failure, Finish, Finished, Open, Request, Traced, TraceMemory
 from tests.sessions import ENVIRONMENT, TIMELINE, Fault, Scripted, at_request
 
-TINY: Mapping[str, Any] = {"shape": "tiny:2", "batch_sizes": "2", "sequence_lengths": "16"}
+TINY: Mapping[str, Any] = {"shape": "tiny:2", "batch_sizes": "4", "sequence_lengths": "32"}
 
 
 @pytest.fixture(autouse=True)
