@@ -56,6 +56,10 @@ FLAGS = {
     "list": ["WHAT", "--what"],
     "doctor": ["--device", "--calibrate", "--launches", "--workload"],
     "phase2": ["--case", "--kpi", "--launches", "--time-budget", "--device", "--dir", "--resume"],
+    "vram": [
+        *("--mode", "--batch-sizes", "--sequence-lengths", "--shape", "--policy", "--base", "--dtype"),
+        *("--launches", "--time-budget", "--device", "--dir", "--resume"),
+    ],
 }
 
 
@@ -156,7 +160,11 @@ def test_names_of_the_decoder_are_frozen() -> None:
 
 
 def test_names_of_the_offloader_are_frozen() -> None:
-    assert offload.__all__ == ["Candidate", "Offloader", "Skipped", "Statistics", "offload_activations"]
+    assert offload.__all__ == [
+        *("BlockProfile", "Candidate", "Choice", "Link", "Offloader", "Piece", "Plan", "PlannedOffloader"),
+        *("Prediction", "Profile", "Skipped", "Statistics", "make_plan", "offload_activations"),
+        *("plan_activations", "profile_step", "simulate"),
+    ]
     assert set(offload.__all__) <= set(dir(offload))
     with pytest.raises(AttributeError, match=r"'assay.systems.offload' has no attribute 'ofload'"):
         _ = offload.ofload

@@ -277,7 +277,7 @@ def test_everything_but_the_systems_loads_without_torch() -> None:
     ("system", "light", "heavy"),
     [
         ("decoder", "SHAPES, DecoderConfig, Parts, RopeScaling, cost", "load"),
-        ("offload", "Skipped, Statistics", "offload_activations"),
+        ("offload", "Choice, Profile, Skipped, Statistics, make_plan", "offload_activations"),
         ("resolvent", "PRESETS, Phase2Config, cost", "resolvent_diagonal"),
     ],
 )

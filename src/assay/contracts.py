@@ -312,4 +312,4 @@ class Suite(Protocol):
     def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]: ...  # pure
     # called before anything is measured, with no entries, and when the run is over, however it ended
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]: ...
-    def told(self, run: SuiteRun) -> str: ...  # what to print below the KPIs; may be empty
+    def printed(self, run: SuiteRun) -> str: ...  # what to print below the KPIs; may be empty

@@ -56,7 +56,10 @@ class Asked:
 
     def arm(self, policy: str) -> Arm:
         """The arm of a policy, by the name that one would type for it."""
-        options: dict[str, Scalar] = {"policy": policy}
+        name, _, share = policy.partition(":")
+        options: dict[str, Scalar] = {"policy": name}
+        if share:
+            options["target_share"] = float(share)
         if self.base != "sdpa":
             options["base"] = self.base
         inside = ",".join(f"{key}={value}" for key, value in options.items())
@@ -69,8 +72,9 @@ class Asked:
 
 
 def policy_of(arm: Arm) -> str:
-    """The policy of an arm of this suite."""
-    return str(arm.options["policy"])
+    """The policy of an arm of this suite, as it was asked for: `auto:0.5` is one with a target."""
+    share = arm.options.get("target_share")
+    return str(arm.options["policy"]) if share is None else f"{arm.options['policy']}:{share}"
 
 
 def asked(options: Options) -> Asked:
@@ -127,12 +131,7 @@ def _policies(text: str, mode: str, *, cuda: bool) -> tuple[str, ...]:
     else:
         names = list(dict.fromkeys(word.strip() for word in text.split(",")))
     for name in names:
-        if name not in POLICIES:
-            raise UsageError(
-                f"--policy '{name}' is unknown",
-                expected=f"one or more of {', '.join(POLICIES)}",
-                remedy=nearest(name, POLICIES),
-            )
+        _check_policy(name)
     if mode in ("peak", "oom") and len(names) < 2:
         raise UsageError(
             f"--mode {mode} compares policies", expected="two or more: --policy off,offload", got=text
@@ -144,6 +143,27 @@ def _policies(text: str, mode: str, *, cuda: bool) -> tuple[str, ...]:
             got=text,
         )
     return tuple(sorted(names, key=lambda name: name != BASELINE))
+
+
+def _check_policy(text: str) -> None:
+    name, colon, share = text.partition(":")
+    if name not in POLICIES:
+        raise UsageError(
+            f"--policy '{name}' is unknown",
+            expected=f"one or more of {', '.join(POLICIES)}",
+            remedy=nearest(name, POLICIES),
+        )
+    if not colon:
+        return
+    try:
+        fits = name == "auto" and 0 < float(share) < 1
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"--policy '{text}' has no such target",
+            expected="auto:SHARE, the share of the activation peak to keep, above 0, below 1: auto:0.5",
+        )
 
 
 def _at_hand(policy: str, *, cuda: bool) -> bool:

@@ -112,6 +112,8 @@ _MODE_COLUMNS = {
         Column("step ms", "step_ms", ",.2f"),
         Column("over off", "step_time"),
         Column("exposed ms", "exposed_ms", ",.2f"),
+        Column("planned MiB", "planned_peak_mib", ",.1f"),
+        Column("planned ms", "planned_step_ms", ",.2f"),
         Column("status", "reason"),
     ],
     "backward": [
@@ -182,6 +184,15 @@ def row(figures: Figures, reading: Reading) -> Json:
         "step_ms": reading.step_ms,
         "step_time": None if slow is None else {"ratio": slow.ratio, "low": slow.low, "high": slow.high},
         "exposed_ms": reading.exposed_ms,
+        "target_mib": reading.proof("plan_target_mib"),
+        "planned_peak_mib": reading.proof("plan_peak_mib"),
+        "planned_step_ms": reading.proof("plan_step_ms"),
+        "planned_exposed_ms": reading.proof("plan_exposed_ms"),
+        "plan": {
+            name.removeprefix("plan_blocks."): n
+            for name, n in (reading.records[0].proof.items() if reading.records else ())
+            if name.startswith("plan_blocks.")
+        },
         "different_tensors": reading.proof("different_tensors"),
         "reproduced_tensors": reading.proof("reproduced_tensors"),
         "compared_tensors": reading.proof("compared_tensors"),

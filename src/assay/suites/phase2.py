@@ -134,7 +134,7 @@ class Phase2:
         figures = self.figures(run.entries, run.options)
         return files.write(run, figures, folder, self._sizes(run.options))
 
-    def told(self, run: SuiteRun) -> str:
+    def printed(self, run: SuiteRun) -> str:
         """Nothing: the KPIs say it."""
         del run
         return ""

@@ -154,7 +154,7 @@ class Vram:
 
         return files.write(run, self.figures(run.entries, run.options, run.attempts), folder)
 
-    def told(self, run: SuiteRun) -> str:
+    def printed(self, run: SuiteRun) -> str:
         """The mode's tables and the recommendation, for a terminal."""
         from assay.report.suite import render_sections
         from assay.suites import _vram_files as files

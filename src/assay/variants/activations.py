@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assay.contracts import Case, Claim, LanguageModel, Option, Options, Scalar, Variant
+from assay.errors import UsageError
 from assay.systems.activations import CUDA_ONLY, POLICIES
 from assay.systems.decoder.parts import LIGER, Parts
 from assay.systems.decoder.shapes import check_params, resolve
@@ -27,6 +28,12 @@ OPTIONS = {
         help="the decoder: plain with sdpa, with fused attention and loss, with Liger's kernels; or the "
         "stock transformers model, plain or with Liger's kernels",
         choices=BASES,
+    ),
+    "target_share": Option(
+        default=0.5, help="of auto: the share of the activation peak to keep, above 0, below 1"
+    ),
+    "target_mib": Option(
+        default=0, help="of auto, in place of the share: the most above what is allocated before a step"
     ),
     "min_bytes": Option(default=AUTO, help="of offload_activations; auto: 1 MiB on CUDA, 1 KiB on the CPU"),
     "max_inflight_mib": Option(default=AUTO, help="of offload_activations; auto: 1024 on CUDA, 1 on the CPU"),
@@ -54,7 +61,7 @@ def parts(case: Case, base: str) -> Parts:
 def build(case: Case, options: Options) -> LanguageModel:
     """Build the decoder, then the policy over it."""
     from assay.systems.activations.language import PolicyLM, blocks_of
-    from assay.systems.activations.policies import build_policy
+    from assay.systems.activations.policies import Auto, Policy, build_policy
     from assay.systems.decoder.build import build_decoder, build_hf
 
     given = chosen(options)
@@ -65,8 +72,23 @@ def build(case: Case, options: Options) -> LanguageModel:
         inner = build_hf(shape, attend="sdpa", liger=base == "hf-liger", **common)
     else:
         inner = build_decoder(shape, parts(case, base), **common)
-    made = build_policy(policy, inner.module, blocks_of(inner.module), case.device, _offloading(case, given))
-    return PolicyLM(inner, made, int(case.params["batch_size"]), int(case.params["seq_length"]))
+    module, blocks, offloading = inner.module, blocks_of(inner.module), _offloading(case, given)
+    size = int(case.params["batch_size"]), int(case.params["seq_length"])
+    if policy == "auto":
+        made: Policy = Auto(
+            module,
+            blocks,
+            inner.loss,
+            size=size,
+            share=float(given["target_share"]),
+            target_mib=float(given["target_mib"]) or None,
+            device=case.device,
+            min_bytes=offloading["min_bytes"],
+            pin=offloading["pin"],
+        )
+    else:
+        made = build_policy(policy, module, blocks, case.device, offloading)
+    return PolicyLM(inner, made, *size)
 
 
 def _offloading(case: Case, given: Mapping[str, Scalar]) -> dict[str, Any]:
@@ -113,10 +135,9 @@ _LOSSLESS = (
 
 def _effect(case: Case, policy: str) -> list[Claim]:
     """What must be seen of a policy: one that moved or recomputed nothing is no policy."""
-    found = []
-    if policy == "offload":
+    found: list[Claim] = []
+    if policy in ("offload", "auto"):
         found = [
-            Claim(counter="offload_bytes_out", comparison=">", value=0, why="activations left", timed=True),
             Claim(
                 counter="offload_unbalanced_steps",
                 comparison="==",
@@ -131,6 +152,12 @@ def _effect(case: Case, policy: str) -> list[Claim]:
                 timed=True,
             ),
         ]
+    if policy == "offload":
+        why = "activations left"
+        found += [Claim(counter="offload_bytes_out", comparison=">", value=0, why=why, timed=True)]
+    elif policy == "auto":
+        why = "blocks were recomputed, or activations left"
+        found += [Claim(counter="plan_effects", comparison=">", value=0, why=why, timed=True)]
     elif policy == "checkpoint":
         layers = resolve(str(case.params["shape"])).config.num_hidden_layers
         why = "every block is computed again in every backward"
@@ -142,7 +169,7 @@ def _effect(case: Case, policy: str) -> list[Claim]:
         found = [
             Claim(counter="packed_tensors", comparison=">", value=0, why="tensors were packed", timed=True)
         ]
-    if case.device.startswith("cuda") and policy not in ("off", "checkpoint"):
+    if case.device.startswith("cuda") and policy not in ("off", "checkpoint", "auto"):
         found += [
             Claim(counter=f"ops.Memcpy {way}", comparison=">", value=0, why=why)
             for way, why in (
@@ -153,6 +180,16 @@ def _effect(case: Case, policy: str) -> list[Claim]:
     return found
 
 
+def check(case: Case, options: Options) -> None:
+    """Raise UsageError for a length that the shape does not have, and for a target that is none."""
+    check_params(case.params)
+    given = chosen(options)
+    if not 0 < float(given["target_share"]) < 1:
+        raise UsageError("target_share is no share", expected="above 0, below 1", got=given["target_share"])
+    if float(given["target_mib"]) < 0:
+        raise UsageError("target_mib is too small", expected="above 0", got=given["target_mib"])
+
+
 VARIANT = Variant(
     summary="a decoder under an activation policy: off, offloaded, recomputed, or others' offloading",
     build=build,
@@ -160,5 +197,5 @@ VARIANT = Variant(
     claims=claims,
     oracle=oracle,
     workloads=("train",),
-    check=lambda case, _options: check_params(case.params),
+    check=check,
 )

@@ -72,6 +72,9 @@ class LateDevice:
     def elapsed_ms(self, start: Event, end: Event, /) -> float:
         return 1.0
 
+    def peak_bytes(self) -> int:
+        return 0
+
     def copy(self, stream: Stream, destination: Tensor, source: Tensor, /) -> None:
         self._note("copy", stream, source.numel())
         into_device = stream.name == "back"

@@ -15,6 +15,7 @@ __all__ = ["CUDA_ONLY", "POLICIES"]
 POLICIES: Mapping[str, str] = {
     "off": "activations stay on the device",
     "offload": "they wait in host memory: offload_activations",
+    "auto": "each block keeps, recomputes or offloads, planned for a target peak",
     "save-on-cpu": "torch.autograd.graph.save_on_cpu, pinned",
     "checkpoint": "every block is computed again in backward",
     "torchtune": "torchtune's OffloadActivations",

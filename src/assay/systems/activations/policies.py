@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -16,12 +18,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from assay.errors import Unavailable
+from assay.errors import Unavailable, UsageError
 from assay.measure.record import Scalar
 from assay.systems.activations import CUDA_ONLY
-from assay.systems.offload import Offloader, Statistics, offload_activations
+from assay.systems.offload import (
+    Offloader,
+    PlannedOffloader,
+    Profile,
+    Statistics,
+    make_plan,
+    offload_activations,
+    profile_step,
+)
 
-__all__ = ["Checkpoint", "Hooks", "Offload", "Policy", "build_policy"]
+__all__ = ["Auto", "Checkpoint", "Hooks", "Offload", "Policy", "build_policy"]
 
 MIB = 2**20
 THEIRS = {"torchtune": "torchtune.training", "trl": "trl.models.activation_offloading"}
@@ -41,10 +51,13 @@ class Policy:
 
 
 class Offload(Policy):
-    """Through an offloader that is entered anew every step. Sums over the steps, the rest of the last one."""
+    """Through an offloader that is entered anew every step. Sums over the steps, the rest of the last one.
 
-    def __init__(self, offloader: Offloader) -> None:
-        self.offloader = offloader
+    `context` is entered in its place: a plan that decides when it is.
+    """
+
+    def __init__(self, offloader: Offloader, context: AbstractContextManager[object] | None = None) -> None:
+        self.offloader, self._context = offloader, offloader if context is None else context
         self._added: Statistics | None = None
         self._steps = self._unbalanced = self._allocations = 0
         self._out = self._back = self._recalled = 0
@@ -53,8 +66,8 @@ class Offload(Policy):
     def around(self, *held: Tensor) -> Iterator[None]:
         self._add()
         self._steps += 1
-        with self.offloader as offloader:
-            offloader.hold(*held)
+        with self._context:
+            self.offloader.hold(*held)
             yield
 
     def counters(self) -> dict[str, Scalar]:
@@ -123,6 +136,107 @@ class Checkpoint(Policy):
         }
 
 
+class Auto(Policy):
+    """What a plan says of each block, made in the first step of each size of input from a measured profile.
+
+    The target is `target_mib` above what is allocated before the step, or else `share` of the activation
+    peak, which is the peak of a step that keeps everything without the gradients that it leaves. `loss` is
+    that of the model on (B, T) token ids. Where a step that keeps everything does not fit, one of half the
+    batch is measured. `size` is the one that the target must be met at; at others, at which only gates and
+    proofs run, the leanest plan does where none meets it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[nn.Module],
+        loss: Callable[[Tensor], Tensor],
+        *,
+        size: tuple[int, int],
+        share: float,
+        target_mib: float | None,
+        device: str,
+        min_bytes: int,
+        pin: bool,
+    ) -> None:
+        self._module, self._blocks, self._loss, self._size = module, blocks, loss, size
+        self._share, self._target_mib = share, target_mib
+        self._where: dict[str, Any] = {"device": device, "min_bytes": min_bytes}
+        self._pin = pin
+        self._planned: dict[tuple[int, ...], tuple[PlannedOffloader, Offload]] = {}
+        self._targets: dict[tuple[int, ...], int] = {}
+        self._recomputed = 0
+        for block in blocks:
+            block.forward = partial(self._counted, block.forward)
+
+    def _counted(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._recomputed += torch._C._current_graph_task_id() != -1
+        return forward(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def around(self, *held: Tensor) -> Iterator[None]:
+        size = tuple(held[0].shape)
+        if size not in self._planned:
+            planned = self._plan(held[0])
+            self._planned[size] = planned, Offload(planned.offloader, planned)
+        with self._planned[size][1].around(*held):
+            yield
+
+    def _plan(self, ids_BT: Tensor) -> PlannedOffloader:
+        size = tuple(ids_BT.shape)
+        profile = self._profile(ids_BT)
+        target = self._targets[size] = self._target_bytes(profile)
+        try:
+            plan = make_plan(profile, target_bytes=target)
+        except UsageError:
+            if size == self._size:
+                raise
+            plan = make_plan(profile, target_ms=math.inf)
+        return PlannedOffloader(plan, self._blocks, self._module, pin=self._pin, **self._where)
+
+    def _profile(self, ids_BT: Tensor) -> Profile:
+        batch = ids_BT.shape[0]
+        while True:
+            try:
+                step = partial(self._step, ids_BT[:batch])
+                profile = profile_step(step, self._blocks, self._module, **self._where)
+                return profile.scaled(ids_BT.shape[0] / batch)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+                batch //= 2
+            finally:
+                self._module.zero_grad(set_to_none=True)
+
+    def _step(self, ids_BT: Tensor) -> None:
+        self._loss(ids_BT).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+    def _target_bytes(self, profile: Profile) -> int:
+        if self._target_mib is not None:
+            return int(self._target_mib * MIB)
+        parameters = self._module.parameters() if self._where["device"].startswith("cuda") else ()
+        gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+        return gradients + int(self._share * (profile.peak_bytes - gradients))
+
+    def counters(self) -> dict[str, Scalar]:
+        """Of the steps of the size that is timed."""
+        if self._size not in self._planned:
+            return {}
+        planned, offload = self._planned[self._size]
+        plan, moved = planned.plan, offload.counters()
+        did = Counter(str(choice).replace(" ", "_") for choice in plan.choices)
+        return {
+            **moved,
+            **{f"plan_blocks.{choice}": n for choice, n in did.items()},
+            "plan_target_mib": self._targets[self._size] / MIB,
+            "plan_peak_mib": plan.predicted.peak_bytes / MIB,
+            "plan_step_ms": plan.predicted.step_ms,
+            "plan_exposed_ms": plan.predicted.exposed_ms,
+            "recomputed_blocks": self._recomputed,
+            "plan_effects": int(moved["offload_bytes_out"]) + self._recomputed,
+        }
+
+
 class Hooks(Policy):
     """Somebody else's hooks, made once and entered every step; every tensor that they pack is counted."""
 
@@ -147,7 +261,7 @@ class Hooks(Policy):
 def build_policy(
     name: str, module: nn.Module, blocks: Sequence[nn.Module], device: str, options: Mapping[str, Any]
 ) -> Policy:
-    """The policy of a name in POLICIES. `options` are those of offload_activations.
+    """The policy of a name in POLICIES but `auto`, which needs more. `options`: of offload_activations.
 
     Raises Unavailable where its package is not installed, or where it would move nothing.
     """

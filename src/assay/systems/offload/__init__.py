@@ -6,9 +6,14 @@
         model(ids_BT).loss.backward()
     offload.statistics.bytes_out
 
+    planned = plan_activations(model, model.model.layers, step, target_mib=4096)
+    with planned:                                     # some blocks keep, some offload, some recompute
+        model(ids_BT).loss.backward()
+
 Read hooks.py, which is the system; devices.py is the little it asks of a device, pool.py where the bytes
-wait. docs/offload.md shows how to use it. Importing this package does not import torch: names are imported
-when they are first asked for.
+wait. plan.py decides what blocks do, by what profile.py measures, and planned.py has them do it; choosing.py
+decides tensor by tensor. docs/offload.md shows how to use it all. Importing this package does not import
+torch: names are imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -19,17 +24,60 @@ from assay.lazy import exports
 
 if TYPE_CHECKING:
     from assay.systems.offload.hooks import Candidate, Offloader, offload_activations
+    from assay.systems.offload.plan import (
+        BlockProfile,
+        Choice,
+        Link,
+        Piece,
+        Plan,
+        Prediction,
+        Profile,
+        make_plan,
+        simulate,
+    )
+    from assay.systems.offload.planned import PlannedOffloader, plan_activations
+    from assay.systems.offload.profile import profile_step
     from assay.systems.offload.statistics import Skipped, Statistics
 
-__all__ = ["Candidate", "Offloader", "Skipped", "Statistics", "offload_activations"]
+__all__ = [
+    "BlockProfile",
+    "Candidate",
+    "Choice",
+    "Link",
+    "Offloader",
+    "Piece",
+    "Plan",
+    "PlannedOffloader",
+    "Prediction",
+    "Profile",
+    "Skipped",
+    "Statistics",
+    "make_plan",
+    "offload_activations",
+    "plan_activations",
+    "profile_step",
+    "simulate",
+]
 
 __getattr__, __dir__ = exports(
     __name__,
     {
+        "BlockProfile": "plan",
         "Candidate": "hooks",
+        "Choice": "plan",
+        "Link": "plan",
         "Offloader": "hooks",
+        "Piece": "plan",
+        "Plan": "plan",
+        "PlannedOffloader": "planned",
+        "Prediction": "plan",
+        "Profile": "plan",
         "Skipped": "statistics",
         "Statistics": "statistics",
+        "make_plan": "plan",
         "offload_activations": "hooks",
+        "plan_activations": "planned",
+        "profile_step": "profile",
+        "simulate": "plan",
     },
 )

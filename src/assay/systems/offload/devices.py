@@ -5,14 +5,19 @@ Streams and events are opaque to the caller, who only hands them back.
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from assay.errors import Unavailable
+from assay.systems.offload.plan import Link
 
-__all__ = ["CpuDevice", "CudaDevice", "Device", "open_device"]
+__all__ = ["CpuDevice", "CudaDevice", "Device", "measure_link", "open_device"]
+
+LINK_BYTES = 64 * 2**20
+LINK_COPIES = 4
 
 
 class Device(Protocol):
@@ -39,6 +44,9 @@ class Device(Protocol):
     def elapsed_ms(self, start: Any, end: Any, /) -> float:
         """Time between two timed events; the only call that waits."""
 
+    def peak_bytes(self) -> int:
+        """The most device bytes allocated at once since this was called last; 0 where nobody counts."""
+
     def copy(self, stream: Any, destination: Tensor, source: Tensor, /) -> None:
         """Copy on a stream."""
 
@@ -61,6 +69,22 @@ def open_device(device: torch.device) -> Device:
     raise Unavailable(f"cannot offload from '{device.type}'", "use cuda or cpu")
 
 
+def measure_link(device: Device, pin: bool = True) -> Link:
+    """How fast bytes go to host memory and back, each alone. Waits for the device."""
+    here = device.empty(LINK_BYTES)
+    host = torch.zeros(LINK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pin and here.is_cuda)
+    stream = device.stream()
+    device.wait(stream, device.record(device.compute()))
+    rates = []
+    for destination, source in ((host, here), (here, host)):
+        device.copy(stream, destination, source)
+        start = device.record(stream, True)
+        for _ in range(LINK_COPIES):
+            device.copy(stream, destination, source)
+        rates.append(LINK_COPIES * LINK_BYTES / device.elapsed_ms(start, device.record(stream, True)) * 1e3)
+    return Link(out_bytes_per_s=rates[0], back_bytes_per_s=rates[1])
+
+
 class CpuDevice:
     """The host as a device: every copy is done when it was asked for."""
 
@@ -72,17 +96,20 @@ class CpuDevice:
     def stream(self) -> None:
         return None
 
-    def record(self, _stream: None, _timed: bool = False, /) -> None:
+    def record(self, _stream: None, _timed: bool = False, /) -> float:
+        return time.perf_counter()
+
+    def wait(self, _stream: None, _event: float, /) -> None:
         return None
 
-    def wait(self, _stream: None, _event: None, /) -> None:
-        return None
-
-    def done(self, _event: None, /) -> bool:
+    def done(self, _event: float, /) -> bool:
         return True
 
-    def elapsed_ms(self, _start: None, _end: None, /) -> float:
-        return 0.0
+    def elapsed_ms(self, start: float, end: float, /) -> float:
+        return (end - start) * 1e3
+
+    def peak_bytes(self) -> int:
+        return 0
 
     def copy(self, _stream: None, destination: Tensor, source: Tensor, /) -> None:
         destination.copy_(source)
@@ -125,6 +152,11 @@ class CudaDevice:
     def elapsed_ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()
         return float(start.elapsed_time(end))
+
+    def peak_bytes(self) -> int:
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak
 
     def copy(self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(stream):

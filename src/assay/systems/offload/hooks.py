@@ -12,6 +12,7 @@ are held. An entry lives as long as the graph holds one of its views; what it to
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from assay.errors import Unavailable, UsageError
+from assay.systems.offload.choosing import Chooser
 from assay.systems.offload.devices import Device, open_device
 from assay.systems.offload.pool import Block, HostPool
 from assay.systems.offload.statistics import Statistics
@@ -66,6 +68,7 @@ class Options:
     budget_bytes: int | None = None
     device: str | None = None
     policy: Policy | None = None
+    target_mib: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("min_bytes", 0), ("max_inflight_bytes", 0), ("skip_last", 0)):
@@ -73,6 +76,8 @@ class Options:
                 raise UsageError(f"{name} is too small", expected=f">= {least}", got=getattr(self, name))
         if self.budget_bytes is not None and self.budget_bytes <= 0:
             raise UsageError("budget_bytes is too small", expected="> 0", got=self.budget_bytes)
+        if self.target_mib is not None and self.target_mib <= 0:
+            raise UsageError("target_mib is too small", expected="> 0", got=self.target_mib)
 
 
 def offload_activations(
@@ -85,6 +90,7 @@ def offload_activations(
     budget_bytes: int | None = None,
     device: str | None = None,
     policy: Policy | None = None,
+    target_mib: float | None = None,
 ) -> Offloader:
     """A context manager that moves what autograd saves inside it to host memory until backward needs it.
 
@@ -103,13 +109,16 @@ def offload_activations(
     budget_bytes: the most that the pool may hold; what does not fit stays. Default: half the host's memory.
     device: `cuda` (every CUDA device), `cuda:N` or `cpu`. Default: `cuda` where there is one, else `cpu`.
     policy: asked once for each storage that passes all the rest; false means that it stays.
+    target_mib: activations on a device peak at this, and what leaves is chosen so that compute waits least.
+        All leaves in the first two steps, of which the second is watched; steps have to be alike.
 
     Raises UsageError for an option that cannot be, Unavailable where there is no such device or the budget is
-    more than the host's memory.
+    more than the host's memory. A target that cannot be reached is a UsageError when the third step begins.
     """
     options = Options(
         min_bytes=min_bytes, max_inflight_bytes=max_inflight_bytes, prefetch=prefetch, pin=pin,
         skip_last=skip_last, budget_bytes=budget_bytes, device=device, policy=policy,
+        target_mib=target_mib,
     )  # fmt: skip
     return Offloader(held, options)
 
@@ -131,6 +140,11 @@ class Offloader:
         pin = self.options.pin and self._where.type == "cuda"
         self._pool = HostPool(_budget(self.options.budget_bytes), functools.partial(_host_bytes, pin=pin))
         self._lock = threading.RLock()
+        target = self.options.target_mib
+        self._chooser = (
+            None if target is None else Chooser(int(target * MIB), self.options.max_inflight_bytes, pin)
+        )
+        self._inflight = self.options.max_inflight_bytes
         self._depth = 0
         self._contexts: list[torch.autograd.graph.saved_tensors_hooks] = []
         self._lanes: dict[torch.device, _Lane] = {}
@@ -176,11 +190,29 @@ class Offloader:
             self._depth -= 1
             self._contexts.pop().__exit__(*exc)
 
+    @contextlib.contextmanager
+    def step(self) -> Iterator[Self]:
+        """A step of which only the parts inside `with offload:` are offloaded."""
+        with self._lock:
+            if self._depth == 0:
+                self._begin()
+            self._depth += 1
+        try:
+            yield self
+        finally:
+            with self._lock:
+                self._depth -= 1
+
     # Packing
 
     def _begin(self) -> None:
         """A new step: its own statistics and order; what is held is looked up anew."""
-        self._step = _Step()
+        last, self._step = self._step.statistics, _Step()
+        if self._chooser:
+            self._chooser.begin(last)
+            self._inflight = self._chooser.inflight_bytes
+            if found := self._chooser.predicted():
+                self._step.statistics.predicted_peak_bytes, self._step.statistics.predicted_exposed_ms = found
         self._purge(keep_decisions=False)
         for lane in self._lanes.values():
             self._release(lane)
@@ -219,7 +251,8 @@ class Offloader:
         if entry is None:
             entry = self._new_entry(tensor)
             if entry is None:
-                self._step.statistics.skip("policy", tensor.numel() * tensor.element_size())
+                reason = self._storage_of(tensor).stays or "policy"
+                self._step.statistics.skip(reason, tensor.numel() * tensor.element_size())
                 return _Kept(tensor)
             handle = _Handle(self, entry, tensor)
             self._step.deferred.append(weakref.ref(entry))
@@ -253,11 +286,14 @@ class Offloader:
             known.stays = "policy"  # another view that left would free nothing
             return None
         lane = self._lane(tensor.device)
+        if self._chooser and not self._chooser.leaves(candidate.index, candidate.nbytes, lane.device):
+            known.stays = "target"
+            return None
         line = step.lines.setdefault(tensor.device, _Line())
         while line.order and line.order[-1]() is None:  # several steps may share one `with`
             line.order.pop()
         source = _typed(storage, torch.uint8, start, (end - start,), (1,))
-        entry = _Entry(lane, line, step.statistics, self._pool, source, start, tensor)
+        entry = _Entry(lane, line, step.statistics, self._pool, source, start, tensor, candidate.index)
         line.order.append(weakref.ref(entry))
         known.entries = [ref for ref in known.entries if ref() is not None]
         known.entries.append(weakref.ref(entry))
@@ -305,13 +341,13 @@ class Offloader:
         while lane.leaving:
             ref, nbytes = lane.leaving[0]
             entry = ref()
-            few = len(lane.leaving) == 1 or lane.leaving_bytes <= self.options.max_inflight_bytes
+            few = len(lane.leaving) == 1 or lane.leaving_bytes <= self._inflight
             if entry is not None and few:
                 return
             lane.leaving.popleft()
             lane.leaving_bytes -= nbytes
             if entry is not None:
-                _stall(entry, entry.stream, entry.sent)
+                self._stall(entry, entry.stream, entry.sent)
                 entry.source = None
 
     # Unpacking
@@ -320,6 +356,8 @@ class Offloader:
         with self._lock:
             handle.check_version()
             entry = handle.entry
+            if self._chooser and self._chooser.watching and entry.statistics is self._step.statistics:
+                self._chooser.used(entry.candidate, entry.lane.device)
             if entry.source is not None:
                 self._count_recall(entry)
                 return handle.view(entry.source, 0)
@@ -367,9 +405,21 @@ class Offloader:
         if stream != entry.stream:
             device.used_by(data, stream)
         if stream != entry.stream or not entry.awaited:
-            _stall(entry, stream, entry.arrived)
+            self._stall(entry, stream, entry.arrived)
             entry.awaited = True
         return data
+
+    def _stall(self, entry: _Entry, stream: Any, event: Any) -> None:
+        """Make a compute stream wait, and count for how long where the event has not happened yet."""
+        device = entry.lane.device
+        if device.done(event):
+            return
+        start = device.record(stream, True)
+        device.wait(stream, event)
+        end = device.record(stream, True)
+        entry.statistics.stall(functools.partial(device.elapsed_ms, start, end))
+        if self._chooser and self._chooser.watching and entry.statistics is self._step.statistics:
+            self._chooser.waited(device, start, end)
 
     def _prefetch(self, entry: _Entry) -> None:
         """Bring back what was saved before this entry, nearest first, a bounded number of bytes ahead."""
@@ -383,7 +433,7 @@ class Offloader:
         while line.cursor > 0:
             other = line.order[line.cursor - 1]()
             if other and other.source is None and other.restored is None and other.consumed_by != task:
-                if line.ahead and line.ahead_bytes + other.nbytes > self.options.max_inflight_bytes:
+                if line.ahead and line.ahead_bytes + other.nbytes > self._inflight:
                     return
                 self._fetch(other)
                 line.ahead.append((weakref.ref(other), other.nbytes))
@@ -495,9 +545,10 @@ class _Entry:
         source: Tensor,
         start: int,
         tensor: Tensor,
+        candidate: int,
     ) -> None:
         self.lane, self.line, self.statistics, self._pool = lane, line, statistics, pool
-        self.index = len(line.order)
+        self.index, self.candidate = len(line.order), candidate
         self.start, self.nbytes = start, source.numel()
         self.end = start + self.nbytes
         self.handles: list[weakref.ref[_Handle]] = []
@@ -593,17 +644,6 @@ def _check_version(shape: tuple[int, ...], dtype: torch.dtype, now: int, expecte
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
             f"[{dtype} {list(shape)}] is at version {now}; expected version {expected} instead"
         )
-
-
-def _stall(entry: _Entry, stream: Any, event: Any) -> None:
-    """Make a compute stream wait, and count for how long where the event has not happened yet."""
-    device = entry.lane.device
-    if device.done(event):
-        return
-    start = device.record(stream, True)
-    device.wait(stream, event)
-    end = device.record(stream, True)
-    entry.statistics.stall(functools.partial(device.elapsed_ms, start, end))
 
 
 def _typed(

@@ -39,8 +39,11 @@ class Statistics:
     pinned_allocations: int = 0
     """Host blocks that had to be allocated, pinned or (on the CPU, or with pin=False) not: 0 once warm."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Reason -> what was left: parameter, held, small, policy, last, budget, backward, capture, device,
-    layout, subclass."""
+    """Reason -> what was left: parameter, held, small, policy, target, last, budget, backward, capture,
+    device, layout, subclass."""
+    predicted_peak_bytes: int | None = None
+    """Of activations, where a plan chose what leaves."""
+    predicted_exposed_ms: float | None = None
     _stalls: list[Callable[[], float]] | None = field(default=None, repr=False)
 
     @property
