@@ -86,8 +86,9 @@ def _serve(sink: Connection, request: Attempt) -> None:
         runner = open_runner(Open(case=case, arm=arm, scratch="", weights="own"))
         limit = None if request.limit_mib is None else request.limit_mib * MIB
         counted = budget(case.device, limit)
-        runner.build()
-        runner.step_again()  # what the first step leaves, an optimizer's state for one, the second one meets
+        runner.build()  # with a first step; what it leaves, an optimizer's state for one, the second meets
+        counted.restart()
+        runner.step_again()
         answer = Attempted(
             asked=request,
             status=Status.OK,
