@@ -178,6 +178,18 @@ def test_targets_are_judged_at_their_shape_on_their_device_only(machine: Machine
     assert machine.kpis(machine.run())["vram_offload_step_time"] == ("SKIPPED", None)
 
 
+def test_auto_is_held_against_the_quickest_pure_policy_that_is_as_lean(machine: Machine) -> None:
+    machine.STEP_MS = {**machine.STEP_MS, "auto": 12.0}
+    machine.HELD = {**machine.HELD, "auto": 0.5}
+    policies = "off,offload,checkpoint,auto:0.6,auto:0.3"
+    run = machine.run(policy=policies)
+    assert machine.kpis(run)["vram_auto_over_pure"] == ("FAILED", pytest.approx(12 / 10.3))
+    machine.STEP_MS = {**machine.STEP_MS, "offload": 14.0}
+    found = machine.kpis(machine.run(policy="off,checkpoint,auto:0.6,auto:0.3"))
+    assert found["vram_auto_over_pure"] == ("PASSED", pytest.approx(12 / 13))
+    assert machine.kpis(machine.run(policy="off,auto:0.6"))["vram_auto_over_pure"] == ("SKIPPED", None)
+
+
 def test_policy_that_changes_a_gradient_fails_the_run(machine: Machine) -> None:
     machine.proof = {"different_tensors": 3}
     run = machine.run()

@@ -98,6 +98,11 @@ class Reading:
         """Time that compute stood still for copies in one step; where the policy tells."""
         return self._median(lambda r: _number(r.proof.get("offload_exposed_ms")))
 
+    @property
+    def target_share(self) -> float | None:
+        """Of the activation peak, that `auto` was to keep."""
+        return _number(self.records[0].arm.options.get("target_share")) if self.records else None
+
     def proof(self, name: str) -> float | None:
         """A counter, the largest of all launches."""
         found = [n for r in self.records if (n := _number(r.proof.get(name))) is not None]
@@ -201,7 +206,7 @@ class Figures:
             )
             return f"{where} {what}."
         lowest = min(saving, key=lambda r: r.activation_mib or 0.0)
-        quickest = min(saving, key=lambda r: r.step_ms or 0.0)
+        quickest = min(saving, key=_time)
         told = f"{where} {self._praise(lowest)}: the lowest activation peak"
         if quickest is lowest:
             return f"{told}, and the quickest of those that lower it."
@@ -221,6 +226,7 @@ class Figures:
             "vram_offload_activation_reduction": self._long("offload", self._reduction),
             "vram_offload_step_time": self._long("offload", self._step_time),
             "vram_offload_over_save_on_cpu": self._long("offload", self._over_save_on_cpu),
+            "vram_auto_over_pure": self._auto_over_pure(),
         }
 
     def _different(self) -> Metric:
@@ -233,6 +239,33 @@ class Figures:
         if not counted:
             return Metric(reason="no policy was held against off in this run")
         return Metric(value=max(counted))
+
+    def _auto_over_pure(self) -> Metric:
+        """Time of `auto` over that of the quickest pure policy that is as lean: the lower end, at its worst."""
+        if not self.asked.cuda:
+            return Metric(reason="on the CPU nothing overlaps: no time to judge a plan by")
+        found = [
+            (auto.slowdown.low / pure.high, auto)
+            for auto in self.readings
+            if auto.policy.startswith("auto") and auto.slowdown and (pure := self._quickest_within(auto))
+        ]
+        if not found:
+            return Metric(reason="no auto beside a pure policy that is as lean")
+        end, auto = max(found, key=lambda one: one[0])
+        return Metric(value=end, reason=f"{auto.policy} at batch {auto.batch} x {auto.length} tokens")
+
+    def _quickest_within(self, auto: Reading) -> Slowdown | None:
+        """Of the pure policies in the same case whose activations are within the target of `auto`."""
+        off, share = self.baseline(auto), auto.target_share
+        if off is None or off.policy != BASELINE or off.activation_mib is None or share is None:
+            return None
+        limit = share * off.activation_mib
+        lean = [
+            r.slowdown for r in self.readings
+            if r.case == auto.case and not r.policy.startswith("auto") and r.slowdown
+            and r.activation_mib is not None and r.activation_mib <= limit
+        ]  # fmt: skip
+        return min(lean, key=lambda s: s.ratio, default=None)
 
     def _long(self, policy: str, figure: Callable[[Reading], Metric]) -> Metric:
         """A figure of the shape and the device that the targets speak of."""
@@ -271,6 +304,11 @@ class Figures:
         if added <= 0:
             return Metric(reason="offload adds no time to divide by")
         return Metric(value=(theirs.slowdown.ratio - 1) / added)
+
+
+def _time(reading: Reading) -> tuple[bool, float]:
+    """To sort by: over the baseline's where that was measured, since arms that take turns meet the same noise."""
+    return (False, reading.slowdown.ratio) if reading.slowdown else (True, reading.step_ms or 0.0)
 
 
 def _activation(reading: Reading) -> float | None:

@@ -59,6 +59,13 @@ KPIS = (
         unit="x",
         when="the same: time that save_on_cpu adds over what offload adds",
     ),
+    KPI(
+        metric="vram_auto_over_pure",
+        comparison="<=",
+        threshold=1.0,
+        unit="x",
+        when="time of auto over the quickest pure policy that is as lean, lower end, CUDA",
+    ),
 )
 
 
