@@ -241,7 +241,7 @@ class Figures:
         return Metric(value=max(counted))
 
     def _auto_over_pure(self) -> Metric:
-        """Time of `auto` over that of the quickest pure policy that is as lean: the lower end, at its worst."""
+        """Time of `auto` over the quickest pure policy's that is as lean: the lower end, at its worst."""
         if not self.asked.cuda:
             return Metric(reason="on the CPU nothing overlaps: no time to judge a plan by")
         found = [
@@ -307,7 +307,7 @@ class Figures:
 
 
 def _time(reading: Reading) -> tuple[bool, float]:
-    """To sort by: over the baseline's where that was measured, since arms that take turns meet the same noise."""
+    """To sort by: over the baseline's where there is one; arms that take turns meet the same noise."""
     return (False, reading.slowdown.ratio) if reading.slowdown else (True, reading.step_ms or 0.0)
 
 
