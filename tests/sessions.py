@@ -12,7 +12,7 @@ from assay.channel import Channel
 from assay.config import RunConfig
 from assay.measure.clock import Timing
 from assay.measure.loop import WarmUp
-from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Record, Scalar
+from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Record, Scalar, Timeline
 from assay.observer import NullObserver
 from assay.pairs import plain_pairs
 from assay.plan import Plan, make_plan
@@ -36,6 +36,8 @@ from assay.wire import (
     Request,
     Sample,
     Sampled,
+    Traced,
+    TraceMemory,
     Warm,
 )
 
@@ -72,6 +74,14 @@ def measured(config: RunConfig, folder: Path | None = None, **more: Any) -> list
 
 PASSED = Figure(tier="precision", stage="before", quantity="loss", error=0.1, limit=1.0, passed=True)
 FAILED = Figure(tier="precision", stage="after", quantity="loss", error=2.0, limit=1.0, passed=False)
+TIMELINE = Timeline(
+    source="cpu-allocator",
+    ms=[0.0, 1.0, 2.0],
+    mib=[0.0, 8.0, 1.0],
+    end_ms={"forward": 1.0, "backward": 2.0},
+    end_mib={"forward": 8.0, "backward": 1.0},
+    peak_mib={"forward": 8.0, "backward": 9.0},
+)
 CASE = Case(workload="infer", params={"batch_size": 2})
 ENVIRONMENT = Environment(python="3", platform="test", cpu="none", cores=2)
 
@@ -124,6 +134,8 @@ class Scripted:
                 return Memory(
                     source="resident", peak_mib=2.0, final_mib=1.0, reserved_mib=2.0, baseline_mib=1.0
                 )
+            case TraceMemory():
+                return Traced(timeline=TIMELINE, saved=None)
             case Gate():
                 return Gated(figures=[PASSED])
             case Warm():

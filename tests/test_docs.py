@@ -85,6 +85,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("docs/phase2-model.md", "after 20 steps"),
         ("docs/phase2.md", "True"),
         ("docs/offload.md", "after 20 steps"),
+        ("docs/capacity.md", "bytes predicted"),
     ],
 )
 def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None:
@@ -173,7 +174,7 @@ def _missing_arguments(tokens: list[str]) -> list[str]:
 
 def test_documents_show_every_verb() -> None:
     verbs = {command.split()[1] for command in COMMANDS}
-    assert verbs == {"compare", "doctor", "list", "op", "phase2", "report", "run"}
+    assert verbs == {"compare", "doctor", "list", "op", "phase2", "report", "run", "vram"}
 
 
 @pytest.mark.parametrize("command", sorted({" ".join(span.split()[:2]) for span in spans(PLANNED)}))
@@ -187,8 +188,8 @@ def test_planned_command_is_unknown_so_far(command: str) -> None:
 
 STRUCTS = [
     record.Record, record.Case, record.Arm, record.Attribution, record.Work, record.Summary, record.Memory,
-    record.PhaseMemory, record.Cold, record.GateReport, record.Figure, record.Spread, record.Environment,
-    record.Method, record.SampleLine,
+    record.PhaseMemory, record.Timeline, record.Saved, record.SavedShare, record.Cold, record.GateReport,
+    record.Figure, record.Spread, record.Environment, record.Method, record.SampleLine,
 ]  # fmt: skip
 
 

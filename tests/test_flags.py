@@ -56,6 +56,10 @@ FLAGS = {
     "list": ["WHAT", "--what"],
     "doctor": ["--device", "--calibrate", "--launches", "--workload"],
     "phase2": ["--case", "--kpi", "--launches", "--time-budget", "--device", "--dir", "--resume"],
+    "vram": [
+        *("--mode", "--batch-sizes", "--sequence-lengths", "--shape", "--policy", "--base", "--dtype"),
+        *("--memory-budget-mib", "--launches", "--time-budget", "--device", "--dir", "--resume"),
+    ],
 }
 
 
@@ -113,6 +117,8 @@ def test_names_of_the_contracts_are_frozen() -> None:
     assert contracts.__all__ == [
         "KPI",
         "Arm",
+        "Attempt",
+        "Attempted",
         "Case",
         "Claim",
         "Dataset",

@@ -49,6 +49,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "alone": CORE,
     "config": ("errors", "measure.record"),
     "systems": BENCH,
+    # a decoder of the bench under any policy, the offloader's among them
+    "systems.activations": (*BENCH, "systems.decoder", "systems.offload"),
     "systems.c2c": (*BENCH, "systems.decoder"),
     "lazy": (),
     "systems.offload": ("errors", "lazy"),  # for any training step: it knows neither bench nor model
@@ -61,10 +63,11 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "workloads.op": ("contracts", "errors", "plugins"),  # the maker of arguments is named by its place
     "variants": ("contracts", "errors", "systems"),
     "suites": (  # `systems` for what one must move or hold at the least, which is its own to say
-        *("contracts", "errors", "measure.kpi", "measure.record", "measure.stats", "measure.store"),
-        *("measure.verdict", "report", "systems"),
+        *("contracts", "errors", "measure.capacity", "measure.kpi", "measure.record", "measure.stats"),
+        *("measure.store", "measure.verdict", "report", "systems"),
     ),
-    "suite": (*CORE, "session"),
+    "suite": (*CORE, "attempt", "session"),
+    "attempt": (*CORE, "worker"),
     "wire": ("errors", "measure"),
     "channel": CORE,
     "session": (*CORE, "worker"),  # the latter for `--isolation inline` only

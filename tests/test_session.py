@@ -24,11 +24,13 @@ from assay.wire import (
     Reply,
     Request,
     Sample,
+    TraceMemory,
     Warm,
 )
 from tests.sessions import (
     BOTH_OK,
     CASE,
+    TIMELINE,
     Fault,
     Listener,
     Scripted,
@@ -72,6 +74,14 @@ def test_arms_of_a_launch_build_and_measure_memory_one_after_the_other() -> None
     play(Stage(faults={"a": watch, "b": watch}), launches=1, benchmark_steps=1)
     launch = order[order.index(("a", "Build")) :]
     assert launch.index(("a", "MeasureMemory")) < launch.index(("b", "Build"))
+
+
+def test_memory_is_traced_where_that_is_asked_for_and_kept_in_the_record() -> None:
+    stage = Stage()
+    records = play(stage, launches=1, benchmark_steps=1, trace_memory=True).records
+    assert [r.timeline for r in records] == [TIMELINE, TIMELINE]
+    traced = [w for w in stage.opened if w.count(TraceMemory)]
+    assert [type(r) for r in traced[0].asked[:3]] == [Build, MeasureMemory, TraceMemory]
 
 
 def test_observer_is_told_of_every_launch_block_and_record() -> None:

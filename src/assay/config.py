@@ -48,6 +48,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     fail_if_slower: bool = False
     fresh_compile: bool = False
     isolation: str = "process"
+    trace_memory: bool = False  # memory over time and what autograd saves, in steps of their own
 
     @property
     def hash(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 from assay.measure.kpi import KPI, Finding, Metric
-from assay.measure.record import Arm, Case, Record, Scalar, Work
+from assay.measure.record import Arm, Case, Record, Scalar, Status, Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "KPI",
     "Arm",
+    "Attempt",
+    "Attempted",
     "Case",
     "Claim",
     "Dataset",
@@ -245,11 +247,47 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A question of a suite: does a step of this case fit? Asked of a process that is thrown away.
+
+    `limit_mib` is the memory that the process may take; None: what the device has.
+    """
+
+    case: Case
+    arm: Arm
+    limit_mib: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempted:
+    """The answer, MiB of 2^20 bytes: the peak of what was used and reserved, and what could have been.
+
+    `status` is `ok` where two steps fitted; the rest is known only then. Peaks are of the second one, on the
+    CPU of all that the process did.
+    """
+
+    asked: Attempt
+    status: Status
+    reason: str = ""
+    peak_mib: float | None = None
+    reserved_mib: float | None = None
+    limit_mib: float | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the trial says nothing of memory. A kill is the kernel's, out of memory."""
+        if self.status in (Status.OUT_OF_MEMORY, Status.KILLED):
+            return False
+        return True if self.status is Status.OK else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SuiteRun:
     """What a run of a suite has found so far: all that its files are made from."""
 
     options: Options
     entries: Sequence[Entry] = ()
+    attempts: Sequence[Attempted] = ()
     findings: Sequence[Finding] = ()
     started: str  # ISO 8601, UTC
     folder: Path | None = None  # of the records
@@ -259,7 +297,8 @@ class SuiteRun:
 class Suite(Protocol):
     """A named plan: cases and arms, thresholds, and the files made from the records.
 
-    `plan` is sent, for each case it yields, that case's records: bisection, ablation, prediction then check.
+    `plan` is sent, for each case it yields, that case's records, and for each Attempt what became of it:
+    bisection, ablation, prediction then check.
     Its options are the suite's own and `device`, resolved. Nothing is measured outside `plan`, and nothing
     but this run's entries makes a figure: a file that an earlier run left is never read.
     """
@@ -269,8 +308,9 @@ class Suite(Protocol):
     options: Mapping[str, Option]
     kpis: Sequence[KPI]
 
-    def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]], Sequence[Record], None]: ...
+    def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]] | Attempt, Any, None]: ...
     def settings(self, case: Case, options: Options) -> Mapping[str, Any]: ...  # of RunConfig: launches, ...
     def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]: ...  # pure
     # called before anything is measured, with no entries, and when the run is over, however it ended
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]: ...
+    def printed(self, run: SuiteRun) -> str: ...  # what to print below the KPIs; may be empty

@@ -36,7 +36,7 @@ from assay.measure.record import (
 from assay.measure.store import RunStore, completed, latest, read_records
 from assay.pairs import Pair
 from assay.plan import Plan
-from assay.wire import Built, Finished, OracleMade, Ready
+from assay.wire import Built, Finished, OracleMade, Ready, Traced
 
 __all__ = ["Journal", "Launch", "alone_record", "now", "phase_samples"]
 
@@ -50,6 +50,7 @@ class Launch:
     channels: dict[str, Channel] = field(default_factory=dict)
     built: dict[str, Built] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
+    traced: dict[str, Traced] = field(default_factory=dict)
     figures: dict[str, list[Figure]] = field(default_factory=dict)
     ready: dict[str, Ready] = field(default_factory=dict)
     finished: dict[str, Finished] = field(default_factory=dict)
@@ -188,6 +189,7 @@ class Journal:
     def _measured(self, bare: Record, pair: Pair, arm: Arm, launch: Launch) -> Record:
         """The record with its performance fields."""
         built, finished = launch.built[arm.name], launch.finished[arm.name]
+        traced = launch.traced.get(arm.name)
         timings = launch.timings(pair, arm)
         samples = phase_samples(timings, built.phases)
         laps = sorted({p for t in timings for p in t.laps_ns})
@@ -203,6 +205,8 @@ class Journal:
             floor_ns=self.floors(built, pair.case, arm),
             ceilings=self._ceilings.flat() if self._ceilings else {},
             memory=launch.memory[arm.name],
+            timeline=traced.timeline if traced else None,
+            saved=traced.saved if traced else None,
             cold=built.cold,
             proof=finished.proof,
             warnings=self._warnings(pair, arm, launch, samples),

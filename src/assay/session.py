@@ -49,6 +49,8 @@ from assay.wire import (
     Ready,
     Sample,
     Sampled,
+    Traced,
+    TraceMemory,
     Warm,
 )
 
@@ -211,6 +213,8 @@ class _Session:
             launch.built[arm.name] = ask(channel, Build(), Built)
             self.observer.doing(case, arm.name, "measuring memory")
             launch.memory[arm.name] = ask(channel, MeasureMemory(), Memory)
+            if self.config.trace_memory and arm.nproc == 1:
+                launch.traced[arm.name] = ask(channel, TraceMemory(), Traced)
 
     def _measure_pair(self, pair: Pair, made: OracleMade, launch: Launch) -> None:
         """Gate, warm up, interleave, gate again on fresh inputs, prove."""

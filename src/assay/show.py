@@ -62,6 +62,8 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
     )
     out = Console()
     render_findings(run.findings, out)
+    if printed := found.printed(run):
+        out.print(f"\n{printed}\n", soft_wrap=True, highlight=False, markup=False)
     out.print("written: " + ", ".join(map(str, paths)), soft_wrap=True, highlight=False, markup=False)
     return suite.exit_code(run)
 

@@ -1,28 +1,31 @@
 """The story of a suite: every case that its plan yields becomes a run of its own; then files, then a verdict.
 
 Each case goes through session.run with the usual gate, proofs and records, into a folder of its own that
-`assay report` draws and `assay run` repeats. What cannot be measured becomes a reason, not an end. The
-suite's files are written before the first case, so that nothing of an earlier run survives, and again at the
-end, with the status of every KPI, before the exit code is known.
+`assay report` draws and `assay run` repeats; whether a step fits is asked of attempt.py. What cannot be
+measured becomes a reason, not an end. The suite's files are written before the first case, so that nothing
+of an earlier run survives, and again at the end, with the status of every KPI, before the exit code is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from assay import session
+from assay.attempt import attempt
 from assay.config import from_mapping, parse_arm
-from assay.contracts import Entry, Options, Suite, SuiteRun
+from assay.contracts import Attempt, Attempted, Entry, Options, Suite, SuiteRun
 from assay.errors import AssayError, StoreError, Unavailable, UsageError, nearest
 from assay.journal import now
 from assay.measure.kpi import KPIStatus, judge_kpis
 from assay.measure.record import Arm, Case, Record, Status, digest
-from assay.measure.store import RECORDS, check_writable
+from assay.measure.store import RECORDS, check_writable, write_atomically
 from assay.observer import NullObserver, Observer
 from assay.plan import check_value, make_plan, resolve_device
 
@@ -32,7 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["exit_code", "measure_entry", "resolve", "run_suite"]
 
 RUNS = "runs"  # beside the suite's files: a folder for each run's records
+ATTEMPTS = "attempts.jsonl"  # in it: what became of every trial for size, a line each
 Observe = Callable[[Case], Observer]
+Try = Callable[[Attempt], Attempted]
+Step = tuple[Case, Sequence[Arm]] | Attempt
 
 
 def run_suite(
@@ -45,6 +51,7 @@ def run_suite(
     resume: bool = False,
     observe: Observe = lambda _case: NullObserver(),
     connect: Connect | None = None,
+    try_: Try = attempt,
 ) -> tuple[SuiteRun, Sequence[Path]]:
     """Measure what a suite plans, write its files and name them; `given` are options by name.
 
@@ -58,7 +65,7 @@ def run_suite(
         first = next(plan, None)  # a wrong option is told here, before anything is written
         run = SuiteRun(options=options, started=now(), folder=_records_folder(place, name, options, resume))
         suite.exports(_judged(suite, run), place)
-        run = _measure(suite, plan, first, run, observe, connect, resume=resume)
+        run = _measure(suite, plan, first, run, observe, connect, try_, resume=resume)
     run = _judged(suite, run)
     return run, suite.exports(run, place)
 
@@ -79,6 +86,7 @@ def resolve(suite: Suite, name: str, given: Options, where: str) -> Options:
 def exit_code(run: SuiteRun) -> int:
     """2 a gate or proof failed; 3 nothing was measured; 1 a KPI failed or has no sound figure; 0."""
     statuses = {record.status for entry in run.entries for record in entry.records}
+    statuses |= {tried.status for tried in run.attempts}
     if statuses & {Status.GATE_FAILED, Status.PROOF_FAILED}:
         return 2
     if not any(status.measured for status in statuses):
@@ -97,18 +105,30 @@ def _judged(suite: Suite, run: SuiteRun) -> SuiteRun:
 def _measure(
     suite: Suite,
     plan: Any,
-    first: tuple[Case, Sequence[Arm]] | None,
+    first: Step | None,
     run: SuiteRun,
     observe: Observe,
     connect: Connect | None,
+    try_: Try,
     *,
     resume: bool,
 ) -> SuiteRun:
     """Feed the plan with the records of what it yields. A case that comes again is not measured again."""
     entries: list[Entry] = []
+    attempts: list[Attempted] = []
+    earlier = _earlier(run.folder) if resume else []
     step, stopped = first, False
     try:
         while step is not None and not stopped:
+            if isinstance(step, Attempt):
+                tried = next((a for a in (*attempts, *earlier) if a.asked == step), None)
+                if tried is None:
+                    tried = try_(step)
+                    _note(run.folder, tried)
+                if tried not in attempts:
+                    attempts.append(tried)
+                step = _next(plan, tried)
+                continue
             case, arms = step[0], tuple(step[1])
             entry = next((e for e in entries if (e.case, e.arms) == (case, arms)), None)
             if entry is None:
@@ -122,15 +142,41 @@ def _measure(
                 step = _next(plan, entry.records)
     except KeyboardInterrupt:
         stopped = True
-    return replace(run, entries=entries, state="interrupted" if stopped else "ended")
+    return replace(run, entries=entries, attempts=attempts, state="interrupted" if stopped else "ended")
 
 
-def _next(plan: Any, records: Sequence[Record]) -> tuple[Case, Sequence[Arm]] | None:
+def _next(plan: Any, answer: Sequence[Record] | Attempted) -> Step | None:
     try:
-        step: tuple[Case, Sequence[Arm]] = plan.send(records)
+        step: Step = plan.send(answer)
     except StopIteration:
         return None
     return step
+
+
+def _note(folder: Path | None, tried: Attempted) -> None:
+    """Write a trial down before the next one begins. Raises StoreError where it cannot be."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ATTEMPTS).open("ab") as file:
+            file.write(msgspec.json.encode(tried) + b"\n")
+    except OSError as e:
+        raise StoreError(f"cannot write {folder / ATTEMPTS}: {e.strerror}") from e
+
+
+def _earlier(folder: Path | None) -> list[Attempted]:
+    """What an interrupted run found out; trials that said nothing, and half a line, are made again."""
+    path = None if folder is None else folder / ATTEMPTS
+    if path is None or not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        with suppress(msgspec.DecodeError):
+            found.append(msgspec.json.decode(line, type=Attempted))
+    kept = [tried for tried in found if tried.fits is not None]
+    write_atomically(path, b"".join(msgspec.json.encode(tried) + b"\n" for tried in kept))
+    return kept
 
 
 def measure_entry(

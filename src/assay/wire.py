@@ -14,7 +14,7 @@ import msgspec
 from assay.errors import Unavailable, UsageError, one_line
 from assay.measure.clock import Timing
 from assay.measure.loop import WarmUp
-from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Scalar, Work
+from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Saved, Scalar, Timeline, Work
 
 __all__ = [
     "Build",
@@ -35,6 +35,8 @@ __all__ = [
     "Request",
     "Sample",
     "Sampled",
+    "TraceMemory",
+    "Traced",
     "Warm",
     "as_failure",
     "pack",
@@ -113,6 +115,17 @@ class MeasureMemory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One step alone on the device, for its peaks."""
 
 
+class TraceMemory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One step for memory over time and one for what autograd saves, alone on the device."""
+
+
+class Traced(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What they saw; `saved` is None where nothing was seen to be saved, as under hooks of the arm's own."""
+
+    timeline: Timeline
+    saved: Saved | None
+
+
 class Warm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Calibrate the steps per sample, then warm up with them; at least `floor` samples."""
 
@@ -166,8 +179,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     remedy: str = ""
 
 
-Request = Open | Oracle | Check | Build | MeasureMemory | Gate | Warm | Sample | Finish
-Reply = Opened | OracleMade | Gated | Built | Memory | Ready | Sampled | Finished | Failure
+Request = Open | Oracle | Check | Build | MeasureMemory | TraceMemory | Gate | Warm | Sample | Finish
+Reply = Opened | OracleMade | Gated | Built | Memory | Traced | Ready | Sampled | Finished | Failure
 
 
 def as_failure(error: Exception, arm: str) -> Failure:

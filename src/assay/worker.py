@@ -25,7 +25,7 @@ import msgspec
 from assay import gate, plan, plugins
 from assay.contracts import Case, Options, System, Trial, Variant, Workload
 from assay.errors import AssayError, Unavailable, UsageError
-from assay.measure import clock, device, environment, memory, validity
+from assay.measure import clock, device, environment, memory, saved, timeline, validity
 from assay.measure.busy import busy_us
 from assay.measure.loop import Sampler
 from assay.measure.record import Cold, Figure, Memory, Scalar
@@ -48,6 +48,8 @@ from assay.wire import (
     Request,
     Sample,
     Sampled,
+    Traced,
+    TraceMemory,
     Warm,
     as_failure,
     pack,
@@ -118,6 +120,8 @@ class Runner:
                 return self.build()
             case MeasureMemory():
                 return self.measure_memory()
+            case TraceMemory():
+                return self.trace_memory()
             case Gate():
                 return self.gate(request.made, request.stage)
             case Warm():
@@ -203,6 +207,23 @@ class Runner:
         with memory.MemoryProbe(self.case.device) as probe:
             trial.step(probe.mark)
         return probe.result()
+
+    def step_again(self) -> None:
+        """One more step as it comes after the first call, neither timed nor watched."""
+        trial = self._timed()
+        trial.reset()
+        trial.step(clock.ignore)
+
+    def trace_memory(self) -> Traced:
+        """Memory over the time of one step, and what autograd saves in another, while no other arm works."""
+        trial = self._timed()
+        trial.reset()
+        with timeline.trace_memory(self.case.device) as trace:
+            trial.step(trace.mark)
+        trial.reset()
+        with saved.saved_tensors() as ledger:
+            trial.step(clock.ignore)
+        return Traced(timeline=trace.timeline(), saved=saved.summary(ledger))
 
     def gate(self, made: OracleMade, stage: str) -> Gated:
         """Precision tier, on the very trial that is timed where the gate runs at the case's own shape."""

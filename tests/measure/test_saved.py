@@ -1,13 +1,14 @@
 """The saved-tensor ledger against what small modules are known to save."""
 
 import gc
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from assay.measure.saved import saved_tensors
+from assay.measure.saved import saved_tensors, summary
 
 
 class Two(nn.Module):
@@ -98,3 +99,25 @@ def test_table_adds_up() -> None:
     assert peak.split() == ["peak", "12.000"]
     assert ledger.table("dtype").splitlines()[1].split() == ["float32", "2", "12.000", "100.0%"]
     loss.backward()
+
+
+def test_summary_joins_modules_that_differ_in_their_index_and_keeps_few_rows() -> None:
+    blocks = [OrderedDict(up=nn.Linear(4, 4), turn=nn.Tanh()) for _ in range(3)]
+    model = nn.Sequential(*map(nn.Sequential, blocks))
+    with saved_tensors() as ledger:
+        model(torch.randn(16, 4)).sum()
+    found = summary(ledger, most=2)
+    assert found is not None
+    modules = [share for share in found.shares if share.by == "module"]
+    assert {s.name: s.tensors for s in modules} == {"Sequential.*.turn": 3, "Sequential.*.up": 3}
+    assert sum(s.share for s in modules) == pytest.approx(1)
+    assert found.total_mib == pytest.approx(ledger.nbytes / 2**20)
+    assert found.tensors == len(ledger.activations)
+    (one,) = [s for s in summary(ledger, most=1).shares if s.by == "module"]  # type: ignore[union-attr]  # as before
+    assert (one.name, one.tensors) == ("(2 more)", 6)
+
+
+def test_summary_of_nothing_is_none() -> None:
+    with saved_tensors() as ledger:
+        pass
+    assert summary(ledger) is None

@@ -30,7 +30,7 @@ def test_themes_differ_in_their_colours_only() -> None:
 def test_a_case_with_laps_shows_every_kind_of_chart() -> None:
     found = [f.kind for f in comparison_figures(GENERATE, GENERATE.comparisons[0], 100)]
     others = {"ladder", "attribution", "roofline", "lengths", "batches"}
-    others |= {kind for kind in charts.KINDS if kind.startswith("scaling-")}  # of a suite
+    others |= {kind for kind in charts.KINDS if kind.startswith("scaling-")} | {"timeline"}  # of a suite
     assert set(found) | others == set(charts.KINDS)
 
 

@@ -28,10 +28,13 @@ __all__ = [
     "PhaseMemory",
     "Record",
     "SampleLine",
+    "Saved",
+    "SavedShare",
     "Scalar",
     "Spread",
     "Status",
     "Summary",
+    "Timeline",
     "Work",
     "devices",
 ]
@@ -197,6 +200,44 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     ranks_peak_mib: list[float] = []  # of several ranks, each one's peak; the rest is of the largest
 
 
+class Timeline(msgspec.Struct, frozen=True, kw_only=True):
+    """What the allocator held through one step, MiB above what it held when the step began.
+
+    `source` is `cuda-allocator` or `cpu-allocator`. The points are thinned, peaks kept; figures by phase are
+    of all points. On CUDA times are the device's, on the CPU the profiler's; a step that is looked at so
+    closely takes longer than one that is timed.
+    """
+
+    source: str
+    ms: list[float]
+    mib: list[float]
+    end_ms: dict[str, float]  # phase -> when it ended
+    end_mib: dict[str, float]  # phase -> held when it ended
+    peak_mib: dict[str, float]  # phase -> the most held in it
+
+
+class SavedShare(msgspec.Struct, frozen=True, kw_only=True):
+    """The activations that have a module, a dtype or a shape in common, each storage counted once."""
+
+    by: str  # module | dtype | shape
+    name: str  # of modules, indices stand as `*`
+    tensors: int
+    mib: float
+    share: float  # of all activations, 0 to 1
+
+
+class Saved(msgspec.Struct, frozen=True, kw_only=True):
+    """What autograd saved in one step, without what is kept anyway: parameters, buffers, views of them."""
+
+    tensors: int
+    storages: int
+    total_mib: float  # of storages, each counted once
+    largest_mib: float
+    peak_mib: float  # the most that was kept at once
+    held_tensors: int
+    shares: list[SavedShare]  # the largest of each kind first; the rest is one row
+
+
 class Cold(msgspec.Struct, frozen=True, kw_only=True):
     """Cold start, each its own metric: never averaged into steady state. Seconds."""
 
@@ -310,6 +351,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     floor_ns: dict[str, float] = {}  # physical floor of a phase from measured ceilings, where known
     ceilings: dict[str, float] = {}  # the ceilings used: copy_bytes_per_s, matmul_<dtype>_flops_per_s
     memory: Memory | None = None
+    timeline: Timeline | None = None
+    saved: Saved | None = None
     cold: Cold | None = None
     stages_ns: dict[str, list[float]] = {}
     proof: dict[str, Scalar] = {}

@@ -11,15 +11,18 @@ that is kept. MiB means 2^20 bytes.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from assay.measure.record import Saved, SavedShare
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Ledger", "SavedTensor", "Share", "saved_tensors"]
+__all__ = ["Ledger", "SavedTensor", "Share", "saved_tensors", "summary"]
 
 MIB = 2**20
 
@@ -203,3 +206,40 @@ def _first_of_each_storage(tensors: list[SavedTensor]) -> list[SavedTensor]:
 
 def _name(saved: SavedTensor, what: Literal["module", "dtype", "shape"]) -> str:
     return {"module": saved.module or "(no module)", "dtype": saved.dtype}.get(what) or str(list(saved.shape))
+
+
+def summary(ledger: Ledger, most: int = 24) -> Saved | None:
+    """The ledger as a record keeps it: at most so many rows of a kind. None where nothing was saved."""
+    activations = _first_of_each_storage(ledger.activations)
+    if not activations:
+        return None
+    return Saved(
+        tensors=len(ledger.activations),
+        storages=len(activations),
+        total_mib=ledger.nbytes / MIB,
+        largest_mib=max(saved.storage_bytes for saved in activations) / MIB,
+        peak_mib=ledger.peak_bytes / MIB,
+        held_tensors=len(ledger.tensors) - len(ledger.activations),
+        shares=[share for by in ("module", "dtype", "shape") for share in _shares(ledger, by, most)],
+    )
+
+
+def _shares(ledger: Ledger, by: Literal["module", "dtype", "shape"], most: int) -> list[SavedShare]:
+    """Rows of one kind; modules that differ only in their indices are one."""
+    found: dict[str, tuple[int, int]] = {}
+    for row in ledger.by(by):
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name) if by == "module" else row.name
+        tensors, nbytes = found.get(name, (0, 0))
+        found[name] = (tensors + row.tensors, nbytes + row.nbytes)
+    rows = sorted(found.items(), key=lambda item: -item[1][1])
+    if len(rows) > most:
+        rest = [counts for _, counts in rows[most - 1 :]]
+        rows = [
+            *rows[: most - 1],
+            (f"({len(rest)} more)", (sum(n for n, _ in rest), sum(nbytes for _, nbytes in rest))),
+        ]
+    whole = max(ledger.nbytes, 1)
+    return [
+        SavedShare(by=by, name=name, tensors=n, mib=nbytes / MIB, share=nbytes / whole)
+        for name, (n, nbytes) in rows
+    ]

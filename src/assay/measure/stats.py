@@ -43,6 +43,7 @@ __all__ = [
     "standard_error",
     "student_half_width",
     "student_interval",
+    "student_quantile",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -186,7 +187,7 @@ def standard_error(x: ArrayLike) -> float | None:
 def student_half_width(scatter: ArrayLike, n: ArrayLike, confidence: float) -> FloatArray:
     """Half width t_{n-1} s / sqrt(n) of Student's interval for a mean. Broadcasts; n >= 2."""
     if isinstance(n, int):
-        return np.asarray(_student_quantile(n, confidence) * np.asarray(scatter) / math.sqrt(n))
+        return np.asarray(student_quantile(n - 1, confidence) * np.asarray(scatter) / math.sqrt(n))
     from scipy.special import stdtrit  # type: ignore[import-untyped]  # SciPy ships no types
 
     n = np.asarray(n, dtype=np.float64)
@@ -195,11 +196,11 @@ def student_half_width(scatter: ArrayLike, n: ArrayLike, confidence: float) -> F
 
 
 @functools.cache
-def _student_quantile(n: int, confidence: float) -> float:
-    """t_{n-1} at a two-sided confidence; a report asks for the same few again and again."""
+def student_quantile(freedom: int, confidence: float) -> float:
+    """Student's t at a two-sided confidence; a report asks for the same few again and again."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(n - 1, 0.5 + confidence / 2))
+    return float(stdtrit(freedom, 0.5 + confidence / 2))
 
 
 def student_interval(

@@ -43,7 +43,7 @@ _ROWS = {
 }
 _HEIGHT = 200  # of a chart whose rows are not counted, pixels
 _SCALED = ("scaling-time", "scaling-memory", "scaling-rate")
-_TALL = {"roofline": 320, "lengths": 260, "batches": 260} | dict.fromkeys(_SCALED, 300)
+_TALL = {"roofline": 320, "timeline": 300, "lengths": 260, "batches": 260} | dict.fromkeys(_SCALED, 300)
 _LEADING = "round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))"  # digit of a tick
 _TIME_AXIS = "format(datum.value, '~s') + 's'"
 
@@ -292,6 +292,35 @@ def _memory() -> Drawing:
     )
 
 
+def _timeline() -> Drawing:
+    """Memory against the time of one step, a line an arm; dashed, where its forward ends."""
+    pick = _pick()
+    colour, _ = _arm(pick)
+    shown = alt.condition(pick, alt.value(1), alt.value(0.1))
+    tips = [_tip("a:N", "policy"), _tip("x_text:N", "time"), _tip("mib:Q", "MiB", ",.1f")]
+    line = (
+        _chart()
+        .transform_filter("isValid(datum.mib)")
+        .transform_calculate(**_spelled("x"))
+        .mark_line(interpolate="step-after", strokeWidth=1.5)
+        .encode(
+            x=alt.X("x:Q", axis=alt.Axis(title="time", labelExpr=_TIME_AXIS, tickCount=6)),
+            y=alt.Y("mib:Q", axis=alt.Axis(title="MiB", tickCount=5, format=",")),
+            color=colour,
+            opacity=shown,
+            order="x:Q",
+            tooltip=tips,
+        )
+    )
+    ends = (
+        _chart()
+        .transform_filter("isValid(datum.end)")
+        .mark_rule(strokeDash=[5, 4], strokeWidth=1)
+        .encode(x="end:Q", color=colour, opacity=shown)
+    )
+    return ends + line.add_params(pick)
+
+
 def _laps() -> Drawing:
     """Time of each further token: a cache that copies itself shows as a slope."""
     pick = _pick()
@@ -435,6 +464,7 @@ KINDS = {
     "sequence": _sequence,
     "laps": _laps,
     "memory": _memory,
+    "timeline": _timeline,
     "roofline": _roofline,
     "lengths": _lengths,
     "batches": _batches,

@@ -262,6 +262,7 @@ def _part(section: Section, shown: list[Figure]) -> Safe:
             table(SCALING_HEADERS, scaling_cells(scaling), SCALING_NUMBERS),
             _figures([figure], shown),
         ]
+    inside += [_figures(section.figures, shown)]
     return _section(section.anchor, section.title, *inside)
 
 

@@ -17,6 +17,7 @@ from assay.errors import AssayError
 from assay.measure.kpi import Finding, KPIStatus, overall
 from assay.measure.stats import PowerLaw, power_law
 from assay.report import words
+from assay.report.figures import Figure
 from assay.report.markdown import text_of, text_table
 from assay.report.rows import Rows
 
@@ -31,6 +32,7 @@ __all__ = [
     "finding_cells",
     "render_findings",
     "render_page",
+    "render_sections",
     "scaling_cells",
     "scaling_rows",
 ]
@@ -77,6 +79,7 @@ class Section:
     rows: Sequence[Sequence[object]] = ()
     numbers: Sequence[str] = ()  # the columns that are numbers
     scaling: Scaling | None = None
+    figures: Sequence[Figure] = ()  # charts, for the page only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,26 @@ def render_findings(findings: Sequence[Finding], console: Console) -> None:
     console.print(table)
     for note, metrics in notes.items():
         console.print(Text(f"{', '.join(metrics)}: {note}"))
+
+
+def render_sections(sections: Sequence[Section]) -> str:
+    """The tables of sections as text in columns, each under its title."""
+    told = []
+    for section in sections:
+        if not section.rows:
+            continue
+        lines = [list(section.headers), *([str(cell) for cell in row] for row in section.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        right = [header in section.numbers for header in section.headers]
+        rows = [
+            "  ".join(
+                cell.rjust(width) if number else cell.ljust(width)
+                for cell, width, number in zip(line, widths, right, strict=True)
+            ).rstrip()
+            for line in lines
+        ]
+        told.append("\n".join([section.title, *rows]))
+    return "\n\n".join(told)
 
 
 def render_page(page: Page, files: Sequence[str]) -> str:

@@ -238,10 +238,13 @@ SHAPES: Mapping[str, DecoderConfig] = {
 def resolve(shape: str) -> Shape:
     """Return the shape of a name, a config.json, a local model folder or a hub id (`owner/name`).
 
-    Raises UsageError with the nearest name, or Unavailable where a hub id cannot be fetched.
+    `NAME:LAYERS` is a named shape with another number of layers. Raises UsageError with the nearest name, or
+    Unavailable where a hub id cannot be fetched.
     """
-    if shape in SHAPES:
-        return Shape(name=shape, config=SHAPES[shape])
+    name, colon, layers = shape.partition(":")
+    if name in SHAPES and (not colon or layers.isdecimal()):
+        config = SHAPES[name]
+        return Shape(name=shape, config=replace(config, num_hidden_layers=int(layers)) if colon else config)
     path = Path(shape).expanduser()
     if path.is_dir():
         return Shape(name=shape, config=_read(path / "config.json"), folder=path)

@@ -1,0 +1,181 @@
+"""`vram`: what activations take of a device's memory, and what each policy saves and costs.
+
+docs/vram.md says what every mode measures. Nothing here measures: `plan` asks, `metrics` and the files read
+the records of this run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from assay.contracts import (
+    KPI,
+    Arm,
+    Attempt,
+    Attempted,
+    Case,
+    Entry,
+    Metric,
+    Option,
+    Options,
+    SuiteRun,
+)
+from assay.measure.record import Status
+from assay.suites._vram_cases import AUTO, MODES, asked
+from assay.systems.activations import POLICIES
+
+if TYPE_CHECKING:
+    from assay.suites._vram_figures import Figures
+
+__all__ = ["KPIS", "SUITE", "Vram"]
+
+KPIS = (
+    KPI(
+        metric="vram_different_tensors",
+        comparison="<=",
+        threshold=0,
+        when="loss and gradients under every policy, against those without it",
+    ),
+    KPI(
+        metric="vram_offload_activation_reduction",
+        comparison=">=",
+        threshold=0.6,
+        when="6 layers of Llama-8B, 1 x 65,536 tokens, one H200",
+    ),
+    KPI(
+        metric="vram_offload_step_time",
+        comparison="<=",
+        threshold=1.05,
+        unit="x",
+        when="the same, over off",
+    ),
+    KPI(
+        metric="vram_offload_over_save_on_cpu",
+        comparison=">=",
+        threshold=3.0,
+        unit="x",
+        when="the same: time that save_on_cpu adds over what offload adds",
+    ),
+    KPI(
+        metric="vram_auto_over_pure",
+        comparison="<=",
+        threshold=1.0,
+        unit="x",
+        when="time of auto over the quickest pure policy that is as lean, lower end, CUDA",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vram:
+    """The suite: see MODES and POLICIES."""
+
+    summary = "memory of activations: what is saved, what each policy saves and costs"
+    folder = "results/vram"
+    options: ClassVar[Mapping[str, Option]] = {
+        "mode": Option(
+            default="peak", help="; ".join(f"{k}: {v}" for k, v in MODES.items()), choices=tuple(MODES)
+        ),
+        "batch_sizes": Option(
+            default=AUTO, help="separated by commas; auto: 16,32,40 on CUDA, 4,8 on the CPU"
+        ),
+        "sequence_lengths": Option(
+            default=AUTO, help="separated by commas; auto: 512 on CUDA, 64 on the CPU"
+        ),
+        "shape": Option(
+            default=AUTO,
+            help="a decoder's; NAME:LAYERS has so many layers. auto: llama-1b on CUDA, tiny:12 elsewhere",
+        ),
+        "policy": Option(
+            default=AUTO,
+            help=f"of {', '.join(POLICIES)}, separated by commas; auto: all that this machine can try",
+        ),
+        "base": Option(
+            default=AUTO,
+            help="how the decoder is built; auto: fused on CUDA, sdpa on the CPU",
+            choices=(AUTO, "sdpa", "fused", "liger", "hf", "hf-liger"),
+        ),
+        "dtype": Option(
+            default=AUTO,
+            help="auto: bf16 on CUDA, fp32 on the CPU",
+            choices=(AUTO, "bf16-autocast", "bf16", "fp16", "fp32"),
+        ),
+        "memory_budget_mib": Option(
+            default=0,
+            help="of mode oom: what a step may take, MiB; 0: what the device has, 64 on the CPU",
+            minimum=0,
+        ),
+        "launches": Option(default=1, help="fresh pairs of processes on CUDA", minimum=1),
+        "time_budget": Option(default=10, help="seconds of sampling for a launch on CUDA", minimum=1),
+    }
+    kpis = KPIS
+
+    def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]] | Attempt, Any, None]:
+        """Every case with all its policies; each policy alone where the first does not fit."""
+        found = asked(options)
+        if found.mode == "oom":
+            from assay.suites import _vram_oom as oom
+
+            yield from oom.plan(found)
+            return
+        for case in found.cases:
+            records = yield case, found.arms
+            baseline = [r for r in records if r.arm.name == found.arms[0].name]
+            if any(r.status is Status.OUT_OF_MEMORY for r in baseline):
+                for arm in found.arms[1:]:
+                    yield case, (arm,)
+
+    def settings(self, case: Case, options: Options) -> Mapping[str, Any]:
+        """One launch and few samples where time is not what is asked for."""
+        del case
+        traced = options["mode"] != "oom"
+        timed, cuda = options["mode"] in ("peak", "oom"), str(options["device"]).startswith("cuda")
+        if not cuda:
+            isolation = {"isolation": "inline"}
+            return {
+                "launches": 1,
+                "warmup_steps": 0,
+                "benchmark_steps": 4 if timed else 1,
+                "trace_memory": traced,
+                **isolation,
+            }
+        launches = int(options["launches"]) if timed else 1
+        sampled: dict[str, Any] = {"time_budget_s": float(launches * int(options["time_budget"]))}
+        return {
+            "launches": launches,
+            "warmup_steps": 3,
+            "trace_memory": traced,
+            **(sampled if timed else {"benchmark_steps": 1}),
+        }
+
+    def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]:
+        """Every KPI's figure: of this run, or None and the reason."""
+        return self.figures(entries, options).metrics()
+
+    def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
+        """JSON, Markdown and a page of the mode: docs/vram.md."""
+        from assay.suites import _vram_files as files
+
+        return files.write(run, self.figures(run.entries, run.options, run.attempts), folder)
+
+    def printed(self, run: SuiteRun) -> str:
+        """The mode's tables and the recommendation, for a terminal."""
+        from assay.report.suite import render_sections
+        from assay.suites import _vram_files as files
+
+        figures = self.figures(run.entries, run.options, run.attempts)
+        return "\n\n".join(filter(None, [render_sections(files.sections(figures)), figures.recommendation()]))
+
+    def figures(
+        self, entries: Sequence[Entry], options: Options, attempts: Sequence[Attempted] = ()
+    ) -> Figures:
+        """What the entries of a run say. Imported here: listing suites waits for no statistics."""
+        from assay.suites._vram_figures import Figures
+
+        return Figures(entries, asked(options), int(options["launches"]), attempts)
+
+
+SUITE = Vram()

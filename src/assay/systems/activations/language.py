@@ -1,0 +1,168 @@
+"""A language model whose training steps run under an activation policy, and the proof that it is lossless.
+
+Loss and gradients under the policy are held against those of the same module without it, on the same inputs
+and with deterministic algorithms, after those without have been held against themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import UsageError
+from assay.measure.record import Scalar, Work
+from assay.systems.activations.policies import Policy
+from assay.systems.decoder.adapter import ModuleLM
+
+__all__ = ["PolicyLM", "blocks_of"]
+
+SCATTER = 3.0  # a tensor may depart from the baseline's this many times as far as the baseline's own repeats
+REPEATS = 2
+
+
+class PolicyLM:
+    """`inner` with `policy` around the forward of `loss`; everything else is the inner model's.
+
+    `proof` adds the policy's counters and, once, what `differing` finds at `batch` x `length` tokens.
+    """
+
+    def __init__(self, inner: ModuleLM, policy: Policy, batch: int, length: int) -> None:
+        self._inner, self._policy = inner, policy
+        self._size = (batch, length)
+        self._found: dict[str, Scalar] = {}
+
+    def __enter__(self) -> Self:
+        self._inner.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._inner.__exit__(*exc)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._inner.vocab_size
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Logits of every position, (B, T, V); nothing is saved here, so no policy has a say."""
+        return self._inner.forward(ids_BT)
+
+    def loss(self, ids_BT: Tensor) -> Tensor:
+        """The inner model's loss, a scalar, ready for backward, under the policy."""
+        with self._policy.around(ids_BT):
+            return self._inner.loss(ids_BT)
+
+    def decoding(self, batch: int, max_length: int) -> Any:
+        """The inner model's."""
+        return self._inner.decoding(batch, max_length)
+
+    def state(self) -> Mapping[str, Tensor]:
+        return self._inner.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self._inner.load(state)
+
+    def gradients(self) -> Mapping[str, Tensor | None]:
+        return self._inner.gradients()
+
+    def zero_grad(self) -> None:
+        self._inner.zero_grad()
+
+    def optimizer_step(self, name: str) -> None:
+        self._inner.optimizer_step(name)
+
+    def layers(self) -> Mapping[str, nn.Module]:
+        return self._inner.layers()
+
+    def work(self, workload: str, params: Mapping[str, Scalar]) -> Mapping[str, Work]:
+        """The inner model's: what a policy computes again is no further work of the step."""
+        return self._inner.work(workload, params)
+
+    def describe(self) -> Mapping[str, Scalar]:
+        return self._inner.describe()
+
+    def proof(self) -> dict[str, Scalar]:
+        """Counters of the model and of the policy, and how many tensors differ from those without it."""
+        if not self._found and type(self._policy) is not Policy:
+            self._found = self.differing(*self._size)
+        return {**self._inner.proof(), **self._policy.counters(), **self._found}
+
+    def differing(self, batch: int, length: int) -> dict[str, Scalar]:
+        """Steps on one input: without the policy, again without it, and with it.
+
+        `different_tensors` counts the loss and the gradients that depart further than SCATTER times what the
+        baseline departs from itself: of `reproduced_tensors`, where it departs by nothing, every one that is
+        not bit-identical. Smaller batches, then shorter sequences, where the step without does not fit.
+        """
+        while True:
+            try:
+                return self._differing(batch, length)
+            except torch.OutOfMemoryError:
+                if batch == 1 and length <= 2:
+                    raise
+                batch, length = (max(1, batch // 2), length) if batch > 1 else (batch, length // 2)
+            self.zero_grad()
+            torch.cuda.empty_cache()
+
+    def _differing(self, batch: int, length: int) -> dict[str, Scalar]:
+        generator = torch.Generator().manual_seed(batch * length)
+        ids_BT = torch.randint(self.vocab_size, (batch, length), generator=generator)
+        ids_BT = ids_BT.to(next(iter(self.state().values())).device)
+        with _deterministic():
+            first = {name: t.clone() for name, t in self._answers(ids_BT, Policy()).items()}
+            own = [self._departures(first, ids_BT, Policy()) for _ in range(REPEATS)]
+            limit = {name: SCATTER * max(d[name] for d in own) for name in first}
+            found = self._departures(first, ids_BT, self._policy)
+        self.zero_grad()
+        # not `>`: a NaN is no agreement
+        different = [name for name, d in found.items() if not d <= limit[name]]
+        return {
+            "compared_tensors": len(first),
+            "reproduced_tensors": sum(bound == 0 for bound in limit.values()),
+            "different_tensors": len(different),
+            "compared_batch": batch,
+            "compared_length": length,
+            **({"first_different": different[0]} if different else {}),
+        }
+
+    def _departures(self, first: Mapping[str, Tensor], ids_BT: Tensor, policy: Policy) -> dict[str, float]:
+        """L2 distance of the loss and of every gradient from the first answers; 0 only where bits agree."""
+        answers = self._answers(ids_BT, policy)
+        if answers.keys() != first.keys():
+            return dict.fromkeys(first, float("nan"))
+        return {name: float((answers[name] - t).norm(dtype=torch.float32)) for name, t in first.items()}
+
+    def _answers(self, ids_BT: Tensor, policy: Policy) -> dict[str, Tensor]:
+        self.zero_grad()
+        with policy.around(ids_BT):
+            loss = self._inner.loss(ids_BT)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return {"loss": loss.detach()} | {n: g for n, g in self.gradients().items() if g is not None}
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a decoder, ours or transformers'. Raises UsageError where there are none."""
+    blocks = getattr(getattr(module, "model", None), "layers", None)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        raise UsageError(f"{type(module).__name__} has no blocks", expected="a decoder with `model.layers`")
+    return list(blocks)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms where an operator has one; restored afterwards."""
+    before, warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an operator without one says so; the repeats show what it does
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)

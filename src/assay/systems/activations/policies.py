@@ -1,0 +1,294 @@
+"""The policies. Each counts what it did, so that one that did nothing is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from assay.errors import Unavailable, UsageError
+from assay.measure.record import Scalar
+from assay.systems.activations import CUDA_ONLY
+from assay.systems.offload import (
+    Offloader,
+    PlannedOffloader,
+    Profile,
+    Statistics,
+    make_plan,
+    offload_activations,
+    profile_step,
+)
+
+__all__ = ["Auto", "Checkpoint", "Hooks", "Offload", "Policy", "build_policy"]
+
+MIB = 2**20
+THEIRS = {"torchtune": "torchtune.training", "trl": "trl.models.activation_offloading"}
+
+
+class Policy:
+    """Leaves activations where they are; the others derive from it."""
+
+    def around(self, *held: Tensor) -> AbstractContextManager[object]:
+        """The context of one forward. `held` are tensors that the caller keeps alive anyway."""
+        del held
+        return contextlib.nullcontext()
+
+    def counters(self) -> dict[str, Scalar]:
+        """What was done since the policy was made. Asked between steps, never inside one."""
+        return {}
+
+
+class Offload(Policy):
+    """Through an offloader that is entered anew every step. Sums over the steps, the rest of the last one.
+
+    `context` is entered in its place: a plan that decides when it is.
+    """
+
+    def __init__(self, offloader: Offloader, context: AbstractContextManager[object] | None = None) -> None:
+        self.offloader, self._context = offloader, offloader if context is None else context
+        self._added: Statistics | None = None
+        self._steps = self._unbalanced = self._allocations = 0
+        self._out = self._back = self._recalled = 0
+
+    @contextlib.contextmanager
+    def around(self, *held: Tensor) -> Iterator[None]:
+        self._add()
+        self._steps += 1
+        with self._context:
+            self.offloader.hold(*held)
+            yield
+
+    def counters(self) -> dict[str, Scalar]:
+        self._add()
+        last = self.offloader.statistics
+        found: dict[str, Scalar] = {
+            "offload_steps": self._steps,
+            "offload_bytes_out": self._out,
+            "offload_bytes_back": self._back,
+            "offload_bytes_recalled": self._recalled,
+            "offload_unbalanced_steps": self._unbalanced,
+            "offload_pinned_allocations": self._allocations,
+            "offload_pool_mib": last.pool_bytes / MIB,
+            "offload_pool_peak_mib": last.pool_peak_bytes / MIB,
+        }
+        if last.exposed_ms is not None:
+            found["offload_exposed_ms"] = last.exposed_ms
+        return found | {f"offload_left_mib.{why}": left.nbytes / MIB for why, left in last.skipped.items()}
+
+    def _add(self) -> None:
+        """Count the step that is over."""
+        last = self.offloader.statistics
+        if last is self._added:
+            return
+        self._added = last
+        self._out += last.bytes_out
+        self._back += last.bytes_back
+        self._recalled += last.bytes_recalled
+        self._allocations += last.pinned_allocations
+        self._unbalanced += last.bytes_out != last.bytes_back + last.bytes_recalled
+
+
+class Checkpoint(Policy):
+    """Each block keeps its input and is computed again in backward."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
+        self._steps = self._recomputed = 0
+
+    @contextlib.contextmanager
+    def around(self, *held: Tensor) -> Iterator[None]:
+        del held
+        self._steps += 1
+        for block in self._blocks:
+            block.forward = partial(self._kept, block.forward)
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                del block.forward
+
+    def _kept(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # no block draws random numbers: systems of the bench run in eval mode
+        return checkpoint(
+            self._counted, forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+
+    def _counted(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._recomputed += torch._C._current_graph_task_id() != -1
+        return forward(*args, **kwargs)
+
+    def counters(self) -> dict[str, Scalar]:
+        return {
+            "recomputed_blocks": self._recomputed,
+            "recomputed_blocks_per_step": self._recomputed / max(self._steps, 1),
+        }
+
+
+class Auto(Policy):
+    """What a plan says of each block, made in the first step of each size of input from a measured profile.
+
+    The target is `target_mib` above what is allocated before the step, or else `share` of the activation
+    peak, which is the peak of a step that keeps everything without the gradients that it leaves. `loss` is
+    that of the model on (B, T) token ids. Where a step that keeps everything does not fit, one of half the
+    batch is measured. `size` is the one that the target must be met at; at others, at which only gates and
+    proofs run, the leanest plan does where none meets it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[nn.Module],
+        loss: Callable[[Tensor], Tensor],
+        *,
+        size: tuple[int, int],
+        share: float,
+        target_mib: float | None,
+        device: str,
+        min_bytes: int,
+        pin: bool,
+    ) -> None:
+        self._module, self._blocks, self._loss, self._size = module, blocks, loss, size
+        self._share, self._target_mib = share, target_mib
+        self._where: dict[str, Any] = {"device": device, "min_bytes": min_bytes}
+        self._pin = pin
+        self._planned: dict[tuple[int, ...], tuple[PlannedOffloader, Offload]] = {}
+        self._targets: dict[tuple[int, ...], int] = {}
+        self._recomputed = 0
+        for block in blocks:
+            block.forward = partial(self._counted, block.forward)
+
+    def _counted(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._recomputed += torch._C._current_graph_task_id() != -1
+        return forward(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def around(self, *held: Tensor) -> Iterator[None]:
+        size = tuple(held[0].shape)
+        if size not in self._planned:
+            planned = self._plan(held[0])
+            self._planned[size] = planned, Offload(planned.offloader, planned)
+        with self._planned[size][1].around(*held):
+            yield
+
+    def _plan(self, ids_BT: Tensor) -> PlannedOffloader:
+        size = tuple(ids_BT.shape)
+        profile = self._profile(ids_BT)
+        target = self._targets[size] = self._target_bytes(profile)
+        try:
+            plan = make_plan(profile, target_bytes=target)
+        except UsageError:
+            if size == self._size:
+                raise
+            plan = make_plan(profile, target_ms=math.inf)
+        return PlannedOffloader(plan, self._blocks, self._module, pin=self._pin, **self._where)
+
+    def _profile(self, ids_BT: Tensor) -> Profile:
+        batch = ids_BT.shape[0]
+        while True:
+            try:
+                step = partial(self._step, ids_BT[:batch])
+                profile = profile_step(step, self._blocks, self._module, **self._where)
+                return profile.scaled(ids_BT.shape[0] / batch)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+                batch //= 2
+            finally:
+                self._module.zero_grad(set_to_none=True)
+
+    def _step(self, ids_BT: Tensor) -> None:
+        self._loss(ids_BT).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+    def _target_bytes(self, profile: Profile) -> int:
+        if self._target_mib is not None:
+            return int(self._target_mib * MIB)
+        parameters = self._module.parameters() if self._where["device"].startswith("cuda") else ()
+        gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+        return gradients + int(self._share * (profile.peak_bytes - gradients))
+
+    def counters(self) -> dict[str, Scalar]:
+        """Of the steps of the size that is timed."""
+        if self._size not in self._planned:
+            return {}
+        planned, offload = self._planned[self._size]
+        plan, moved = planned.plan, offload.counters()
+        did = Counter(str(choice).replace(" ", "_") for choice in plan.choices)
+        return {
+            **moved,
+            **{f"plan_blocks.{choice}": n for choice, n in did.items()},
+            "plan_target_mib": self._targets[self._size] / MIB,
+            "plan_peak_mib": plan.predicted.peak_bytes / MIB,
+            "plan_step_ms": plan.predicted.step_ms,
+            "plan_exposed_ms": plan.predicted.exposed_ms,
+            "recomputed_blocks": self._recomputed,
+            "plan_effects": int(moved["offload_bytes_out"]) + self._recomputed,
+        }
+
+
+class Hooks(Policy):
+    """Somebody else's hooks, made once and entered every step; every tensor that they pack is counted."""
+
+    def __init__(self, hooks: saved_tensors_hooks) -> None:
+        self._hooks, self._packed = hooks, 0
+        pack = hooks.pack_hook
+
+        def counted(tensor: Tensor) -> Any:
+            self._packed += 1
+            return pack(tensor)
+
+        hooks.pack_hook = counted
+
+    def around(self, *held: Tensor) -> AbstractContextManager[object]:
+        del held
+        return self._hooks
+
+    def counters(self) -> dict[str, Scalar]:
+        return {"packed_tensors": self._packed}
+
+
+def build_policy(
+    name: str, module: nn.Module, blocks: Sequence[nn.Module], device: str, options: Mapping[str, Any]
+) -> Policy:
+    """The policy of a name in POLICIES but `auto`, which needs more. `options`: of offload_activations.
+
+    Raises Unavailable where its package is not installed, or where it would move nothing.
+    """
+    if name in CUDA_ONLY and not device.startswith("cuda"):
+        raise Unavailable(
+            f"policy '{name}' moves nothing on the CPU", "use --device cuda on a machine that has one"
+        )
+    match name:
+        case "off":
+            return Policy()
+        case "offload":
+            return Offload(offload_activations(module, device=device, **options))
+        case "checkpoint":
+            return Checkpoint(blocks)
+        case "save-on-cpu":
+            return Hooks(save_on_cpu(pin_memory=True))
+        case _:
+            return Hooks(_theirs(name))
+
+
+def _theirs(name: str) -> saved_tensors_hooks:
+    """OffloadActivations of torchtune or TRL, with pinned memory and a stream of its own."""
+    if importlib.util.find_spec(name) is None:
+        raise Unavailable(f"policy '{name}' needs {name}", f"{sys.executable} -m pip install {name}")
+    try:
+        kind = importlib.import_module(THEIRS[name]).OffloadActivations
+    except (ImportError, AttributeError) as e:
+        raise Unavailable(f"this {name} has no OffloadActivations: {e}", f"another version of {name}") from e
+    hooks: saved_tensors_hooks = kind(use_pin_memory=True, use_streams=True)
+    return hooks

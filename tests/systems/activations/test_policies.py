@@ -1,0 +1,105 @@
+"""Each policy counts what it did, and what it cannot do here is said in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from assay.errors import Unavailable
+from assay.systems.activations import POLICIES
+from assay.systems.activations.policies import Checkpoint, Hooks, Offload, Policy, build_policy
+from assay.systems.offload import offload_activations
+from tests.systems.offload.helpers import gradients, mlp, same
+
+
+def offloading(model: nn.Module, **more: Any) -> Offload:
+    return Offload(offload_activations(model, device="cpu", min_bytes=0, max_inflight_bytes=0, **more))
+
+
+def steps(policy: Policy, model: nn.Sequential, count: int = 3) -> list[Tensor]:
+    """The gradients of the last of some steps."""
+    leaves, found = list(model.parameters()), list[Tensor]()
+    for seed in range(count):
+        x_BC = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
+
+        def loss(x_BC: Tensor = x_BC) -> Tensor:
+            with policy.around(x_BC):
+                return model(x_BC).square().sum()
+
+        found = gradients(loss, leaves)
+    return found
+
+
+def test_offloading_counts_bytes_of_every_step_and_no_allocation_once_warm() -> None:
+    model = mlp()
+    policy = offloading(model)
+    want = steps(Policy(), model)
+    assert same(steps(policy, model), want)
+    first = policy.counters()
+    assert first["offload_steps"] == 3
+    assert first["offload_bytes_out"] > 0
+    assert first["offload_bytes_out"] == first["offload_bytes_back"] + first["offload_bytes_recalled"]
+    assert first["offload_unbalanced_steps"] == 0
+    steps(policy, model)
+    then = policy.counters()
+    assert then["offload_bytes_out"] == 2 * first["offload_bytes_out"]
+    assert then["offload_pinned_allocations"] == first["offload_pinned_allocations"]
+    assert policy.counters() == then, "a step is counted once, however often one asks"
+
+
+def test_step_without_its_backward_is_unbalanced() -> None:
+    model = mlp()
+    policy = offloading(model)
+    with policy.around():
+        loss = model(torch.randn(16, 32)).sum()
+    del loss
+    assert policy.counters()["offload_unbalanced_steps"] == 1
+
+
+def test_every_block_is_recomputed_in_every_backward_and_forward_is_given_back() -> None:
+    model = mlp()
+    policy = Checkpoint(list(model))
+    want = steps(Policy(), model)
+    assert same(steps(policy, model), want)
+    assert policy.counters() == {"recomputed_blocks": 12, "recomputed_blocks_per_step": 4.0}
+    assert all("forward" not in vars(block) for block in model)
+
+
+def test_forwards_are_given_back_after_an_exception() -> None:
+    model = mlp()
+    policy = Checkpoint(list(model))
+    with pytest.raises(RuntimeError), policy.around():
+        model(torch.randn(3, 5))
+    assert all("forward" not in vars(block) for block in model)
+
+
+def test_packed_tensors_of_other_hooks_are_counted() -> None:
+    model = mlp()
+    policy = Hooks(saved_tensors_hooks(lambda t: t.numpy(), torch.from_numpy))
+    assert same(steps(policy, model), steps(Policy(), model))
+    assert int(policy.counters()["packed_tensors"]) > 3 * len(model)
+
+
+@pytest.mark.parametrize("name", ["save-on-cpu", "torchtune", "trl"])
+def test_what_moves_nothing_on_the_cpu_is_unavailable_there(name: str) -> None:
+    with pytest.raises(Unavailable, match=f"'{name}' moves nothing on the CPU"):
+        build_policy(name, mlp(), [], "cpu", {})
+
+
+def test_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(Unavailable, match=r"'trl' needs trl.*pip install trl"):
+        build_policy("trl", mlp(), [], "cuda", {})
+
+
+def test_every_policy_that_the_cpu_has_is_built() -> None:
+    model = mlp()
+    kinds = {
+        n: type(build_policy(n, model, list(model), "cpu", {})) for n in ("off", "offload", "checkpoint")
+    }
+    assert kinds == {"off": Policy, "offload": Offload, "checkpoint": Checkpoint}
+    assert next(iter(POLICIES)) == "off"

@@ -1,0 +1,130 @@
+"""Trials for size in processes that are thrown away: each way to end, and nothing left behind."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from assay.attempt import attempt
+from assay.contracts import Arm, Attempt, Attempted, Case
+from assay.errors import Unavailable, UsageError
+from assay.measure.record import Status
+
+HERE = "tests.test_attempt"
+
+
+def asked(batch: int, target: str = "sdpa", limit_mib: int | None = 256) -> Attempt:
+    params = {"shape": "tiny", "batch_size": batch, "seq_length": 128, "optimizer": "none"}
+    return Attempt(
+        case=Case(workload="train", params=params), arm=Arm(name=target, target=target), limit_mib=limit_mib
+    )
+
+
+def tried(batch: int, target: str = "sdpa", limit_mib: int | None = 256, timeout_s: float = 60) -> Attempted:
+    return attempt(asked(batch, target, limit_mib), timeout_s)
+
+
+# Builders that end their process, each in its own way. In the parent they are never called.
+
+
+def killed(_case: Case) -> object:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return None
+
+
+def crashed(_case: Case) -> object:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return None
+
+
+def hanging(_case: Case) -> object:
+    Path(os.environ["ATTEMPT_PID"]).write_text(str(os.getpid()))
+    time.sleep(60)
+    return None
+
+
+def broken(_case: Case) -> object:
+    raise ValueError("no such thing")
+
+
+def poor(_case: Case) -> object:
+    import torch
+
+    class Poor(torch.nn.Module):
+        def forward(self, input_ids: object) -> object:
+            raise Unavailable("the host has no 9.0 MiB more to pin for activations", "lower budget_bytes")
+
+    return Poor()
+
+
+poor.vocab_size = 8  # type: ignore[attr-defined]
+
+
+def test_a_step_that_fits_tells_its_peak_and_the_limit() -> None:
+    small, large = tried(16), tried(64)
+    assert (small.status, small.fits, small.limit_mib) == (Status.OK, True, 256)
+    assert small.peak_mib is not None
+    assert large.peak_mib is not None
+    assert small.peak_mib < large.peak_mib < 256
+
+
+def test_a_peak_repeats_and_counts_what_is_held() -> None:
+    """Two runs of one size agree, and 4 bytes for each logit are in the difference."""
+    first, again, twice = tried(32), tried(32), tried(64)
+    assert first.peak_mib == pytest.approx(again.peak_mib, rel=0.02)
+    assert first.peak_mib is not None
+    assert twice.peak_mib is not None
+    vocab = 256
+    assert twice.peak_mib - first.peak_mib > 32 * 128 * vocab * 4 / 2**20
+
+
+def test_a_step_beyond_the_limit_does_not_fit_and_the_next_trial_works() -> None:
+    beyond = tried(256)
+    assert (beyond.status, beyond.fits, beyond.peak_mib) == (Status.OUT_OF_MEMORY, False, None)
+    assert "memory" in beyond.reason
+    assert "\n" not in beyond.reason
+    assert tried(8).fits is True
+
+
+def test_the_limit_is_that_of_the_trial_not_of_this_process() -> None:
+    assert tried(64, limit_mib=64).fits is False
+    assert len(bytearray(2**28)) == 2**28
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "fits", "said"),
+    [
+        ("killed", Status.KILLED, False, "memory runs out"),
+        ("crashed", Status.CRASHED, None, "SIGSEGV"),
+        ("broken", Status.ERROR, None, "no such thing"),
+        ("poor", Status.UNAVAILABLE, None, "9.0 MiB more to pin"),
+    ],
+)
+def test_every_way_to_end_is_told_apart(how: str, status: Status, fits: bool | None, said: str) -> None:
+    found = tried(1, f"{HERE}:{how}")
+    assert (found.status, found.fits) == (status, fits), found.reason
+    assert said in found.reason
+
+
+def test_a_trial_that_hangs_is_ended_and_gone(tmp_path: Path) -> None:
+    place = tmp_path / "pid"
+    arm = Arm(name="hanging", target=f"{HERE}:hanging", env={"ATTEMPT_PID": str(place)})
+    found = attempt(Attempt(case=asked(1).case, arm=arm, limit_mib=256), timeout_s=2)
+    assert (found.status, found.fits) == (Status.TIMEOUT, None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
+
+
+def test_the_cpu_is_never_tried_without_a_limit() -> None:
+    found = tried(1, limit_mib=None)
+    assert found.status is Status.UNAVAILABLE
+    assert "--memory-budget-mib" in found.reason
+
+
+def test_an_arm_of_another_interpreter_is_refused() -> None:
+    question = asked(1)
+    elsewhere = Arm(name="sdpa", target="sdpa", python="/usr/bin/python3")
+    with pytest.raises(UsageError, match="cannot be tried"):
+        attempt(Attempt(case=question.case, arm=elsewhere, limit_mib=64))
