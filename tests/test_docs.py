@@ -85,6 +85,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("docs/phase2-model.md", "after 20 steps"),
         ("docs/phase2.md", "True"),
         ("docs/offload.md", "after 20 steps"),
+        ("docs/capacity.md", "bytes predicted"),
     ],
 )
 def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None:

@@ -8,9 +8,22 @@ from typing import Any
 import pytest
 
 from assay import suite
-from assay.contracts import KPI, Arm, Case, Entry, Metric, Option, Options, Record, SuiteRun
+from assay.contracts import (
+    KPI,
+    Arm,
+    Attempt,
+    Attempted,
+    Case,
+    Entry,
+    Metric,
+    Option,
+    Options,
+    Record,
+    SuiteRun,
+)
 from assay.errors import StoreError, UsageError
 from assay.measure.kpi import KPIStatus, judge_kpis, overall
+from assay.measure.record import Status
 from assay.measure.store import read_records
 from assay.wire import Check, Failure, Gated, Open, Sample
 from tests.sessions import FAILED, Fault, Listener, Stage, at_request
@@ -301,3 +314,67 @@ def test_interval_that_holds_the_threshold_is_said() -> None:
     (found,) = judge_kpis([kpi], {"m": Metric(value=3.1, low=2.9, high=3.3)})
     assert found.status is KPIStatus.PASSED
     assert found.reason == "its interval [2.9, 3.3] holds the threshold"
+
+
+# Trials for size
+
+
+class Sizing(Doubling):
+    """Asks which lengths fit before it measures the shortest one."""
+
+    def plan(self, options: Options) -> Generator[Any, Any, None]:
+        del options
+        self.told_of: list[Attempted] = []
+        for length in (16, 32, 32, 64):
+            self.told_of.append((yield Attempt(case=case(length), arm=EAGER, limit_mib=64)))
+        yield case(16), self.arms
+
+
+def up_to_32(asked: list[int]) -> Callable[[Attempt], Attempted]:
+    def answer(question: Attempt) -> Attempted:
+        length = int(question.case.params["seq_length"])
+        asked.append(length)
+        if length > 32:
+            return Attempted(asked=question, status=Status.OUT_OF_MEMORY, reason="scripted")
+        return Attempted(asked=question, status=Status.OK, peak_mib=length, reserved_mib=length, limit_mib=64)
+
+    return answer
+
+
+def test_plan_is_told_what_fits_and_the_run_has_every_answer(play: Played, tmp_path: Path) -> None:
+    asked: list[int] = []
+    one = Sizing()
+    run = play(one, try_=up_to_32(asked))
+    assert asked == [16, 32, 64]
+    assert [tried.fits for tried in one.told_of] == [True, True, True, False]
+    assert list(run.attempts) == [one.told_of[i] for i in (0, 1, 3)]
+    assert [len(r.attempts) for r in one.told] == [0, 3]
+    assert (len(run.entries), suite.exit_code(run)) == (1, 0)
+    assert len(next(tmp_path.glob("runs/*/attempts.jsonl")).read_text().splitlines()) == 3
+
+
+def test_resumed_run_asks_only_what_has_no_answer(play: Played, tmp_path: Path) -> None:
+    def stopping(question: Attempt) -> Attempted:
+        if question.case.params["seq_length"] == 64:
+            raise KeyboardInterrupt
+        return up_to_32([])(question)
+
+    first = play(Sizing(), try_=stopping)
+    assert (first.state, len(first.attempts)) == ("interrupted", 2)
+    with next(tmp_path.glob("runs/*/attempts.jsonl")).open("a") as file:
+        file.write('{"asked": ')  # the machine went down
+    asked: list[int] = []
+    again = play(Sizing(), try_=up_to_32(asked), resume=True)
+    assert asked == [64]
+    assert [tried.fits for tried in again.attempts] == [True, True, False]
+    assert len(play(Sizing(), try_=up_to_32(asked), resume=True).attempts) == 3
+    assert asked == [64]
+
+
+def test_where_only_failures_answer_nothing_was_measured(play: Played) -> None:
+    class Hopeless(Sizing):
+        def plan(self, options: Options) -> Generator[Any, Any, None]:
+            del options
+            yield Attempt(case=case(64), arm=EAGER, limit_mib=64)
+
+    assert suite.exit_code(play(Hopeless(), try_=up_to_32([]))) == 3

@@ -26,6 +26,8 @@ from assay.wire import Open, as_failure
 __all__ = ["attempt"]
 
 MIB = 2**20
+# what libraries below torch say when there is no memory left for them
+WANTING = ("out of memory", "ALLOC_FAILED", "bad_alloc", "could not create a primitive")
 
 
 def attempt(request: Attempt, timeout_s: float = 600) -> Attempted:
@@ -84,8 +86,9 @@ def _serve(sink: Connection, request: Attempt) -> None:
         runner = open_runner(Open(case=case, arm=arm, scratch="", weights="own"))
         limit = None if request.limit_mib is None else request.limit_mib * MIB
         counted = budget(case.device, limit)
-        runner.build()
-        runner.step_again()  # what the first step leaves, an optimizer's state for one, the second one meets
+        runner.build()  # with a first step; what it leaves, an optimizer's state for one, the second meets
+        counted.restart()
+        runner.step_again()
         answer = Attempted(
             asked=request,
             status=Status.OK,
@@ -115,4 +118,6 @@ def _failed(request: Attempt, error: BaseException) -> Attempted:
         return _ended(request, Status.ERROR, f"'{request.arm.name}' raised {type(error).__name__}")
     failure = as_failure(error, request.arm.name)
     status = Status.ERROR if failure.status == "usage" else Status(failure.status)
+    if status is Status.ERROR and any(words in failure.reason for words in WANTING):
+        status = Status.OUT_OF_MEMORY
     return _ended(request, status, ": ".join(filter(None, [failure.reason, failure.remedy])))

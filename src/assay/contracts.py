@@ -262,7 +262,8 @@ class Attempt:
 class Attempted:
     """The answer, MiB of 2^20 bytes: the peak of what was used and reserved, and what could have been.
 
-    `status` is `ok` where the step fitted; the rest is known only then.
+    `status` is `ok` where two steps fitted; the rest is known only then. Peaks are of the second one, on the
+    CPU of all that the process did.
     """
 
     asked: Attempt

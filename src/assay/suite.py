@@ -25,7 +25,7 @@ from assay.errors import AssayError, StoreError, Unavailable, UsageError, neares
 from assay.journal import now
 from assay.measure.kpi import KPIStatus, judge_kpis
 from assay.measure.record import Arm, Case, Record, Status, digest
-from assay.measure.store import RECORDS, check_writable
+from assay.measure.store import RECORDS, check_writable, write_atomically
 from assay.observer import NullObserver, Observer
 from assay.plan import check_value, make_plan, resolve_device
 
@@ -174,7 +174,9 @@ def _earlier(folder: Path | None) -> list[Attempted]:
     for line in path.read_bytes().splitlines():
         with suppress(msgspec.DecodeError):
             found.append(msgspec.json.decode(line, type=Attempted))
-    return [tried for tried in found if tried.fits is not None]
+    kept = [tried for tried in found if tried.fits is not None]
+    write_atomically(path, b"".join(msgspec.json.encode(tried) + b"\n" for tried in kept))
+    return kept
 
 
 def measure_entry(

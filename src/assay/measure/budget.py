@@ -35,6 +35,7 @@ class Budget(Protocol):
     def peak_bytes(self) -> float: ...
     @property
     def reserved_bytes(self) -> float: ...
+    def restart(self) -> None: ...  # peaks are of what comes, where they can be told apart
     def lift(self) -> None: ...  # so that an answer can still be given
 
 
@@ -53,7 +54,9 @@ class CudaBudget:
     def __init__(self, device: str, limit_bytes: int | None) -> None:
         import torch
 
-        self._cuda, self._device = torch.cuda, torch.device(device)
+        index = torch.device(device).index
+        self._cuda = torch.cuda
+        self._device = self._cuda.current_device() if index is None else index
         self._stated = limit_bytes
         free, total = self._cuda.mem_get_info(self._device)
         if limit_bytes is not None:
@@ -81,6 +84,12 @@ class CudaBudget:
     def reserved_bytes(self) -> float:
         """The most that the allocator held at once."""
         return float(self._cuda.max_memory_reserved(self._device))
+
+    def restart(self) -> None:
+        """Forget the peaks, and hand back what is held for no tensor."""
+        self._cuda.synchronize(self._device)
+        self._cuda.empty_cache()
+        self._cuda.reset_peak_memory_stats(self._device)
 
     def lift(self) -> None:
         """Nothing: an answer takes no memory of the device."""
@@ -110,6 +119,9 @@ class HostBudget:
     def reserved_bytes(self) -> float:
         """The same: pages are counted, not tensors."""
         return self.peak_bytes
+
+    def restart(self) -> None:
+        """Nothing: the kernel keeps one peak, of all that the process did."""
 
     def lift(self) -> None:
         """Remove the limit."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +105,9 @@ class PeakModel:
     freedom: int  # probes less coefficients
     lengths: tuple[int, ...]
     confidence: float
-    _inverse: tuple[FloatArray, ...]  # of each phase's normal matrix: how far a size is from its probes
+    _inverse: tuple[FloatArray, ...] = field(
+        compare=False
+    )  # of each phase's normal matrix: how far a size is from its probes
     _quadratic: bool
 
     def peak(self, batch: int, length: int) -> Peak:

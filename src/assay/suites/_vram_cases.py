@@ -130,6 +130,8 @@ def _policies(text: str, mode: str, *, cuda: bool) -> tuple[str, ...]:
     if text == AUTO:
         names: Sequence[str] = [name for name in POLICIES if _at_hand(name, cuda=cuda)]
         names = [BASELINE] if mode == "compare" else names
+        if mode == "oom" and not cuda:  # to plan, it keeps everything once, and there that counts
+            names = [name for name in names if name != "auto"]
     else:
         names = list(dict.fromkeys(word.strip() for word in text.split(",")))
     for name in names:

@@ -30,7 +30,8 @@ __all__ = [
 
 MIB = 2**20
 PROBED = 0.25  # of what the limit leaves beyond the first probe: where the probes end
-FITTED = 4  # probes smaller than the largest by more than this factor say little about larger ones
+FITTED = 4  # probes smaller than the largest by more than this factor say little about larger sizes
+FARTHEST = 8  # times the largest probe: a search starts no further away, whatever is predicted
 RESOLUTION = 64  # of sizes beyond it, multiples of a step are tried: 1/64 to 1/128 of the prediction
 LENGTH_UNIT = 2  # lengths are multiples of this, and of 1/512 of the shape's positions
 COMPARED = 4  # the policies are timed side by side at this fraction of the baseline's largest batch
@@ -108,7 +109,8 @@ def explore(axis: Axis, arm: Arm, limit_mib: int | None, case_of: Callable[[int,
     yield from _probe(tried)
     limit = max((a.limit_mib for a in tried.fitted.values() if a.limit_mib), default=limit_mib)
     model, predicted, unpredicted = _predict(axis, tried.fitted, limit)
-    yield from _search(tried, (predicted.size if predicted else None) or tried.low or axis.unit)
+    guess = (predicted.size if predicted else None) or tried.low or axis.unit
+    yield from _search(tried, min(guess, FARTHEST * max(tried.low, axis.unit)))
     low, truth = tried.low, tried.fitted.get(tried.low)
     return Capacity(
         axis=axis,
@@ -174,30 +176,32 @@ class _Tried:
             fits = False  # the host's memory, of which smaller sizes took less
         if fits:
             self.fitted[size] = found
-        self.answers[size] = Answer(fits, found.reason)
+        short = "out of memory" if found.status is Status.OUT_OF_MEMORY else found.reason
+        self.answers[size] = Answer(fits, short)
         return self.answers[size]
 
 
 def _probe(tried: _Tried) -> Generator[Attempt, Attempted, None]:
-    """Doubling sizes until a fraction of the limit is taken; then some between the last of them."""
+    """Sizes that grow until a fraction of the limit is taken, doubling at the end; then some between."""
     axis, size = tried.axis, tried.axis.unit
-    while _wants_more(tried) and 2 * size <= axis.most:
-        size *= 2
+    while (grown := _grown(tried)) < PROBED and 2 * size <= axis.most:
+        size *= 4 if grown < PROBED / 8 and 4 * size <= axis.most else 2
         if not (yield from tried.answer(size)).fits:
             break
     units = tried.low // axis.unit
-    for eighths in (3, 5, 6):
-        if units * eighths % 8 == 0 and units:
-            yield from tried.trial(units * eighths // 8 * axis.unit)
+    for eighths in (2, 3, 5, 6):
+        between = units * eighths // 8 * axis.unit
+        if units * eighths % 8 == 0 and between and between not in tried.answers:
+            yield from tried.trial(between)
 
 
-def _wants_more(tried: _Tried) -> bool:
-    """Whether the peak has grown too little to tell where the limit is."""
+def _grown(tried: _Tried) -> float:
+    """By how much the peak has grown since the first size, of what the limit left there."""
     if not tried.fitted:
-        return False
+        return 1.0
     first, last = tried.fitted[min(tried.fitted)], tried.fitted[tried.low]
     assert first.peak_mib is not None and last.peak_mib is not None and last.limit_mib is not None
-    return last.peak_mib - first.peak_mib < PROBED * (last.limit_mib - first.peak_mib)
+    return (last.peak_mib - first.peak_mib) / max(last.limit_mib - first.peak_mib, 1.0)
 
 
 def _predict(
@@ -339,7 +343,7 @@ def _row(found: Capacity, baseline: Capacity) -> tuple[str, ...]:
         "-" if found.peak is None else f"{found.peak.nbytes / MIB:,.1f}",
         _percent(found.peak_error_percent),
         str(found.trials),
-        (found.reason or found.unpredicted)[:80],
+        found.reason or found.unpredicted,
     )
 
 

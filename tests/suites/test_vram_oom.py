@@ -1,0 +1,180 @@
+"""Mode `oom`: explorations against machines that are known, and one small run of the whole mode."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from assay import suite
+from assay.contracts import Arm, Attempt, Attempted, Case
+from assay.errors import UsageError
+from assay.measure.record import Status
+from assay.suites import _vram_oom as oom
+from assay.suites._vram_oom import Axis, Capacity
+from assay.suites.vram import SUITE
+
+OFF = Arm(name="activations[policy=off]", target="activations", options={"policy": "off"})
+OFFLOAD = Arm(name="activations[policy=offload]", target="activations", options={"policy": "offload"})
+BATCHES = Axis("batch_size", 64)
+LIMIT = 1000
+
+Machine = Callable[[Attempt], Attempted]
+
+
+def case_of(batch: int, length: int) -> Case:
+    return Case(workload="train", params={"shape": "tiny:12", "batch_size": batch, "seq_length": length})
+
+
+def machine(base: float, per_token: float, square: float = 0.0, **ends: tuple[Status, str]) -> Machine:
+    """A device on which a step takes so many MiB; some batches (`b8=...`) end otherwise."""
+
+    def ask(question: Attempt) -> Attempted:
+        batch, length = (int(question.case.params[k]) for k in ("batch_size", "seq_length"))
+        if f"b{batch}" in ends:
+            status, reason = ends[f"b{batch}"]
+            return Attempted(asked=question, status=status, reason=reason)
+        peak = base + batch * length * (per_token + square * length)
+        if peak > LIMIT:
+            return Attempted(asked=question, status=Status.OUT_OF_MEMORY, reason="2.1 GiB asked for")
+        return Attempted(
+            asked=question, status=Status.OK, peak_mib=peak, reserved_mib=1.03 * peak, limit_mib=LIMIT
+        )
+
+    return ask
+
+
+def explored(ask: Machine, axis: Axis = BATCHES, arm: Arm = OFF) -> tuple[Capacity, list[Attempted]]:
+    answers: list[Attempted] = []
+    search = oom.explore(axis, arm, LIMIT, case_of)
+    question = next(search)
+    while True:
+        answers.append(ask(question))
+        try:
+            question = search.send(answers[-1])
+        except StopIteration as end:
+            found: Capacity = end.value
+            return found, answers
+
+
+def test_the_prediction_comes_before_the_proof_and_holds() -> None:
+    found, answers = explored(machine(100, 0.25))
+    assert (found.largest, found.smallest_failing) == (56, 57)  # 100 + 56 * 64 / 4 = 996
+    assert found.predicted is not None
+    assert found.predicted.size == 56
+    assert found.predicted.low <= 54  # where all that was reserved has to fit
+    assert (found.size_error_percent, found.peak_error_percent) == (0, pytest.approx(0, abs=1e-6))
+    before = [int(a.asked.case.params["batch_size"]) for a in answers if a.fits][:-1]
+    assert max(before) <= 56 / 2
+    assert found.trials == len(answers) < 16
+
+
+def test_along_the_length_the_square_is_predicted_too() -> None:
+    axis = Axis("seq_length", 1, 16)
+    found, _ = explored(machine(100, 0.05, 1e-5), axis)
+    assert found.largest is not None
+    assert found.smallest_failing is not None
+    assert found.largest <= 7311 < found.smallest_failing  # the root of 0.05 n + 1e-5 n^2 = 900
+    assert found.smallest_failing - found.largest <= 7311 * 0.02
+    assert found.size_error_percent == pytest.approx(0, abs=1)
+
+
+def test_a_size_that_the_shape_cannot_have_is_never_tried() -> None:
+    found, answers = explored(machine(100, 0.01), Axis("seq_length", 1, 2, 128))
+    assert (found.largest, found.smallest_failing) == (128, None)
+    assert max(int(a.asked.case.params["seq_length"]) for a in answers) == 128
+    assert "128 is the most" in found.reason
+
+
+def test_where_nothing_fits_there_is_a_reason_and_no_division() -> None:
+    nothing, _ = explored(machine(2000, 1))
+    assert (nothing.largest, nothing.smallest_failing, nothing.unpredicted) == (0, 1, "nothing fits")
+    some, _ = explored(machine(100, 0.25), arm=OFFLOAD)
+    row = oom.facts([[nothing, some]])[1]
+    assert row["improvement_percent"] is None
+    assert "baseline fits nothing" in row["improvement_reason"]
+    assert "56 with offload, against 0 with off" in oom.recommendation([nothing, some], [])
+
+
+def test_a_failure_on_the_way_does_not_end_the_search() -> None:
+    """Too few probes fit for a prediction, and still the limit is found."""
+    found, _ = explored(machine(100, 5))
+    assert (found.largest, found.smallest_failing) == (2, 3)
+    assert "too few probes" in found.unpredicted
+
+
+def test_a_kill_by_the_kernel_is_no_memory_and_a_crash_says_nothing() -> None:
+    killed, _ = explored(machine(100, 0.25, b57=(Status.KILLED, "killed by SIGKILL")))
+    assert (killed.largest, killed.reason) == (56, "killed by SIGKILL")
+    crashed, _ = explored(machine(100, 0.25, b56=(Status.CRASHED, "the process ended with SIGSEGV")))
+    assert (crashed.largest, crashed.smallest_failing) == (55, 57)
+
+
+def test_want_of_host_memory_ends_a_policy_only_where_it_has_run() -> None:
+    ends = {f"b{b}": (Status.UNAVAILABLE, "the host has no 9 MiB more to pin") for b in range(40, 60)}
+    found, _ = explored(machine(100, 0.25, **ends))
+    assert (found.largest, found.smallest_failing) == (39, 40)
+    assert "to pin" in found.reason
+    never, answers = explored(machine(100, 0.25, b1=(Status.UNAVAILABLE, "trl is not installed")))
+    assert (never.largest, never.reason, len(answers)) == (None, "trl is not installed", 1)
+
+
+def test_a_run_is_told_from_its_trials_alone() -> None:
+    found, answers = explored(machine(100, 0.25))
+    search = oom.explore(BATCHES, OFF, LIMIT, case_of)
+    assert oom.replay(search, answers) == found
+    assert oom.replay(oom.explore(BATCHES, OFF, LIMIT, case_of), answers[:-1]) is None
+
+
+def test_the_baseline_stays_where_no_policy_goes_further() -> None:
+    off, _ = explored(machine(100, 0.25))
+    same, _ = explored(machine(100, 0.25), arm=OFFLOAD)
+    assert oom.recommendation([off, same], []).endswith("56 with off; no other policy goes further.")
+    unknown = replace(off, largest=None, reason="the run ended before")
+    assert "the run ended before" in oom.recommendation([unknown], [])
+
+
+def test_one_policy_alone_is_refused() -> None:
+    options = suite.resolve(SUITE, "vram", {"mode": "oom", "policy": "off"}, "cpu")
+    with pytest.raises(UsageError, match="two or more"):
+        next(SUITE.plan(options))
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """Two would wait for each other where tests run beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_the_mode_runs(tmp_path: Path) -> None:
+    """Policies on the CPU under a budget; what they compute is held against off's."""
+    given = {
+        "mode": "oom",
+        "shape": "tiny:4",
+        "policy": "off,checkpoint",
+        "memory_budget_mib": 32,
+        "sequence_lengths": "32",
+        "batch_sizes": "16",
+    }
+    run, paths = suite.run_suite("vram", SUITE, given, tmp_path, where="cpu")
+    assert suite.exit_code(run) == 0
+    found = json.loads(next(p for p in paths if p.suffix == ".json").read_text())
+    batch = {row["policy"]: row for row in found["capacities"] if row["axis"] == "batch_size"}
+    off, checkpoint = batch["off"], batch["checkpoint"]
+    assert 0 < off["largest"] < checkpoint["largest"]
+    assert off["smallest_failing"] == off["largest"] + 1
+    assert off["peak_mib"] < 32
+    assert abs(off["predicted"]["size"] - off["largest"]) <= max(2, 0.1 * off["largest"])
+    assert checkpoint["improvement_percent"] == pytest.approx(
+        100 * (checkpoint["largest"] / off["largest"] - 1)
+    )
+    assert found["kpis"]["vram_different_tensors"]["value"] == 0
+    assert "with checkpoint, against" in found["recommendation"]
+    lines = next(tmp_path.glob("runs/*/attempts.jsonl")).read_text().splitlines()
+    assert len(lines) == len(run.attempts)
