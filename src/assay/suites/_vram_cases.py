@@ -62,6 +62,8 @@ class Asked:
             options["target_share"] = float(share)
         if self.base != "sdpa":
             options["base"] = self.base
+        if not self.cuda:
+            options["threads"] = 1  # tensors this small only wait for a second one
         inside = ",".join(f"{key}={value}" for key, value in options.items())
         return Arm(name=f"activations[{inside}]", target="activations", options=options)
 
@@ -87,7 +89,7 @@ def asked(options: Options) -> Asked:
         "base": "fused" if cuda else "sdpa",
         "dtype": "bf16" if cuda else "fp32",
         "batch_sizes": ("1" if cuda else "16") if mode == "oom" else "16,32,40" if cuda else "4,8",
-        "sequence_lengths": "512" if cuda else "64",
+        "sequence_lengths": "512" if cuda else "64" if mode == "oom" else "32",
     }
     chosen = {key: default[key] if text == AUTO else text for key, text in given.items()}
     found = Asked(

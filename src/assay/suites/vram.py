@@ -83,7 +83,7 @@ class Vram:
             default=AUTO, help="separated by commas; auto: 16,32,40 on CUDA, 4,8 on the CPU"
         ),
         "sequence_lengths": Option(
-            default=AUTO, help="separated by commas; auto: 512 on CUDA, 64 on the CPU"
+            default=AUTO, help="separated by commas; auto: 512 on CUDA, 32 on the CPU"
         ),
         "shape": Option(
             default=AUTO,

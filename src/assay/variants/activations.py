@@ -39,6 +39,7 @@ OPTIONS = {
     "max_inflight_mib": Option(default=AUTO, help="of offload_activations; auto: 1024 on CUDA, 1 on the CPU"),
     "skip_last": Option(default=0, help="of offload_activations", minimum=0),
     "prefetch": Option(default=True, help="of offload_activations", choices=(False, True)),
+    "threads": Option(default=0, help="of torch on the CPU; 0: as torch has it", minimum=0),
     "pin": Option(default=True, help="of offload_activations", choices=(False, True)),
 }
 
@@ -60,6 +61,8 @@ def parts(case: Case, base: str) -> Parts:
 
 def build(case: Case, options: Options) -> LanguageModel:
     """Build the decoder, then the policy over it."""
+    import torch
+
     from assay.systems.activations.language import PolicyLM, blocks_of
     from assay.systems.activations.policies import Auto, Policy, build_policy
     from assay.systems.decoder.build import build_decoder, build_hf
@@ -67,6 +70,8 @@ def build(case: Case, options: Options) -> LanguageModel:
     given = chosen(options)
     base, policy, shape = str(given["base"]), str(given["policy"]), str(case.params["shape"])
     name = f"activations[policy={policy}]"
+    if threads := int(given["threads"]):
+        torch.set_num_threads(threads)
     common: dict[str, Any] = {"name": name, "dtype": case.dtype, "device": case.device, "seed": case.seed}
     if base.startswith("hf"):
         inner = build_hf(shape, attend="sdpa", liger=base == "hf-liger", **common)
