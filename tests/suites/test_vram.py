@@ -59,6 +59,15 @@ def test_peak_of_policies_on_the_cpu(tmp_path: Path) -> None:
     assert found["recommendation"] in vram.SUITE.printed(run)
 
 
+def test_target_that_no_plan_keeps_gets_the_leanest_plan_and_says_so(tmp_path: Path) -> None:
+    run = real(tmp_path, policy="off,auto:0.001")
+    assert suite.exit_code(run) == 0
+    _, auto = json.loads((tmp_path / "vram_peak.json").read_text())["policies"]
+    assert auto["planned_peak_mib"] > auto["target_mib"]
+    assert auto["activation_reduction"] > 0
+    assert "leanest plan; its target was" in vram.SUITE.printed(run)
+
+
 def test_compare_lists_what_is_saved(tmp_path: Path) -> None:
     run = real(tmp_path, mode="compare", policy="off,checkpoint")
     assert suite.exit_code(run) == 0

@@ -160,7 +160,9 @@ def _policies(figures: Figures) -> Section:
 def _cell(found: Json, column: Column) -> str:
     value = found[column.key]
     if column.key == "reason":
-        return value or "ok"
+        planned, target = found["planned_peak_mib"], found["target_mib"]
+        missed = planned is not None and target is not None and planned > target
+        return value or (f"leanest plan; its target was {target:,.1f} MiB" if missed else "ok")
     if column.key == "step_time":
         return "-" if value is None else f"{value['ratio']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
     return "-" if value is None else format(value, column.digits)

@@ -142,8 +142,8 @@ class Auto(Policy):
     The target is `target_mib` above what is allocated before the step, or else `share` of the activation
     peak, which is the peak of a step that keeps everything without the gradients that it leaves. `loss` is
     that of the model on (B, T) token ids. Where a step that keeps everything does not fit, one of half the
-    batch is measured. `size` is the one that the target must be met at; at others, at which only gates and
-    proofs run, the leanest plan does where none meets it.
+    batch is measured. Where no plan meets the target it is the leanest, and `plan_meets_target` is 0. `size`
+    is the one that is timed; gates and proofs may run at others, each with a plan of its own.
     """
 
     def __init__(
@@ -183,14 +183,11 @@ class Auto(Policy):
             yield
 
     def _plan(self, ids_BT: Tensor) -> PlannedOffloader:
-        size = tuple(ids_BT.shape)
         profile = self._profile(ids_BT)
-        target = self._targets[size] = self._target_bytes(profile)
+        target = self._targets[tuple(ids_BT.shape)] = self._target_bytes(profile)
         try:
             plan = make_plan(profile, target_bytes=target)
         except UsageError:
-            if size == self._size:
-                raise
             plan = make_plan(profile, target_ms=math.inf)
         return PlannedOffloader(plan, self._blocks, self._module, pin=self._pin, **self._where)
 
@@ -229,6 +226,7 @@ class Auto(Policy):
             **moved,
             **{f"plan_blocks.{choice}": n for choice, n in did.items()},
             "plan_target_mib": self._targets[self._size] / MIB,
+            "plan_meets_target": int(plan.predicted.peak_bytes <= self._targets[self._size]),
             "plan_peak_mib": plan.predicted.peak_bytes / MIB,
             "plan_step_ms": plan.predicted.step_ms,
             "plan_exposed_ms": plan.predicted.exposed_ms,
