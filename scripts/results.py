@@ -48,7 +48,7 @@ def section(name: str, command: str) -> str:
     lines = [f"## {name}", "", f"    assay {command}", "", where(records), ""]
     if (summary := path.with_suffix(".json")).exists():
         lines += [*kpi_lines(json.loads(summary.read_text(encoding="utf-8"))["kpi_summary"]), ""]
-    views = []
+    views: list[CaseView] = []
     for run in dict.fromkeys(record.run for record in records):  # a suite has one for each of its cases
         own = [record for record in records if record.run == run]
         views += case_views(own, judged(own, from_mapping(own[0].config, path.name)))
