@@ -79,6 +79,30 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "phase2": ("phase2 --kpi --device cuda", 1),  # 4 million tokens a second is missed: docs/phase2-model.md
+    "vram-short": (
+        "vram --device cuda --shape llama-1b --base hf-liger --batch-sizes 4 --sequence-lengths 2048 --launches 3 "
+        "--policy off,offload,auto:0.75,auto:0.5,auto:0.3,auto:0.15,save-on-cpu,checkpoint",
+        0,
+    ),
+    "vram-long": (
+        "vram --device cuda --shape llama-8b:6 --base hf-liger --batch-sizes 1 --sequence-lengths 65536 "
+        "--launches 3 --policy off,offload,auto:0.75,auto:0.5,auto:0.3,auto:0.15,save-on-cpu,checkpoint",
+        0,
+    ),
+    "vram-compare": (
+        "vram --device cuda --mode compare --shape llama-1b --batch-sizes 4 --sequence-lengths 2048",
+        0,
+    ),
+    "vram-backward": (
+        "vram --device cuda --mode backward --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 "
+        "--policy off,offload,checkpoint",
+        0,
+    ),
+    "vram-oom": (
+        "vram --device cuda --mode oom --shape llama-1b --sequence-lengths 2048 --policy off,offload,checkpoint "
+        "--time-budget 2",
+        0,
+    ),
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
     "no-causal-mask": (f"compare eager {MUTANT.format('no_causal_mask')} --device cuda --workload infer", 2),
     "rope-discarded": (f"compare eager {MUTANT.format('rope_discarded')} --device cuda --workload train", 2),
@@ -141,7 +165,7 @@ def keep(place: Path, out: Path, name: str) -> None:
     found = [place / "records.jsonl", *sorted(place.glob("runs/*/*/records.jsonl"))]
     if records := [path.read_bytes() for path in found if path.exists()]:
         (out / f"{name}.jsonl").write_bytes(b"".join(records))
-    for report in place.glob("*_comprehensive_report.json"):
+    for report in (*place.glob("*_comprehensive_report.json"), *place.glob("vram_*.json")):
         shutil.copy(report, out / f"{name}.json")
 
 

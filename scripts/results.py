@@ -47,7 +47,8 @@ def section(name: str, command: str) -> str:
     records = read_records(path)
     lines = [f"## {name}", "", f"    assay {command}", "", where(records), ""]
     if (summary := path.with_suffix(".json")).exists():
-        lines += [*kpi_lines(json.loads(summary.read_text(encoding="utf-8"))["kpi_summary"]), ""]
+        told = json.loads(summary.read_text(encoding="utf-8"))
+        lines += [*kpi_lines(told.get("kpi_summary") or told["kpis"]), ""]
     views: list[CaseView] = []
     for run in dict.fromkeys(record.run for record in records):  # a suite has one for each of its cases
         own = [record for record in records if record.run == run]

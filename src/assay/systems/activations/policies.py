@@ -189,7 +189,9 @@ class Auto(Policy):
             plan = make_plan(profile, target_bytes=target)
         except UsageError:
             plan = make_plan(profile, target_ms=math.inf)
-        return PlannedOffloader(plan, self._blocks, self._module, pin=self._pin, **self._where)
+        return PlannedOffloader(
+            plan, self._blocks, self._module, pin=self._pin, preserve_rng_state=False, **self._where
+        )  # as checkpoint's: no block draws random numbers
 
     def _profile(self, ids_BT: Tensor) -> Profile:
         batch = ids_BT.shape[0]

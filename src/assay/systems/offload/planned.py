@@ -39,6 +39,7 @@ def plan_activations(
     min_bytes: int = MIB,
     budget_bytes: int | None = None,
     device: str | None = None,
+    preserve_rng_state: bool = True,
 ) -> PlannedOffloader:
     """Measure a step and plan it: a context manager under which its peak is at most `target_mib`.
 
@@ -46,7 +47,7 @@ def plan_activations(
     begins; on the CPU, what autograd saves.
     `step` is one forward and backward of the model, which runs three times and must fit without a plan; where
     it does not, give a step of a smaller batch, and in `scale` how often it goes into the true one.
-    Gradients that were None before are None afterwards. The other options are those of the offloader.
+    Gradients that were None before are None afterwards. The other options are those of PlannedOffloader.
 
     Raises UsageError where no plan fits, with the least peak that one reaches.
     """
@@ -58,7 +59,13 @@ def plan_activations(
         parameter.grad = None
     plan = make_plan(profile, target_bytes=int(target_mib * MIB))
     return PlannedOffloader(
-        plan, blocks, model, min_bytes=min_bytes, budget_bytes=budget_bytes, device=device
+        plan,
+        blocks,
+        model,
+        min_bytes=min_bytes,
+        budget_bytes=budget_bytes,
+        device=device,
+        preserve_rng_state=preserve_rng_state,
     )
 
 
@@ -66,7 +73,9 @@ class PlannedOffloader:
     """A context manager that applies a plan to blocks. Enter it every step; backward may run outside.
 
     Gradients are bit-identical to those without it, as far as running a block twice gives the same.
-    `held`, `min_bytes`, `budget_bytes`, `pin` and `device` are those of `offload_activations`.
+    `held`, `min_bytes`, `budget_bytes`, `pin` and `device` are those of `offload_activations`;
+    `preserve_rng_state` is that of `torch.utils.checkpoint`: False saves the host some time a block where no
+    block that recomputes draws random numbers.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class PlannedOffloader:
         budget_bytes: int | None = None,
         pin: bool = True,
         device: str | None = None,
+        preserve_rng_state: bool = True,
     ) -> None:
         if len(plan.choices) != len(blocks):
             raise UsageError(
@@ -92,6 +102,7 @@ class PlannedOffloader:
             ),
         )  # fmt: skip
         self._blocks = list(blocks)
+        self._preserve_rng_state = preserve_rng_state
         self._shares = _Shares()
         self._steps: list[Any] = []
         self._undo: list[Callable[[], None]] = []
@@ -129,7 +140,9 @@ class PlannedOffloader:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if choice.recomputes:
-            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+            forward = functools.partial(
+                checkpoint, forward, use_reentrant=False, preserve_rng_state=self._preserve_rng_state
+            )
         if not choice.share:
             return forward(*args, **kwargs)
         outer, self._shares.now = self._shares.now, Share(choice.share)
