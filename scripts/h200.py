@@ -80,8 +80,8 @@ RUNS: dict[str, tuple[str, int]] = {
     ),
     "phase2": ("phase2 --kpi --device cuda", 1),  # 4 million tokens a second is missed: docs/phase2-model.md
     "vram-short": (
-        "vram --device cuda --shape llama-1b --base hf-liger --batch-sizes 4 --sequence-lengths 2048 --launches 3 "
-        "--policy off,offload,auto:0.75,auto:0.5,auto:0.3,auto:0.15,save-on-cpu,checkpoint",
+        "vram --device cuda --shape llama-1b --base hf-liger --batch-sizes 4 --sequence-lengths 2048 "
+        "--launches 3 --policy off,offload,auto:0.75,auto:0.5,auto:0.3,auto:0.15,save-on-cpu,checkpoint",
         0,
     ),
     "vram-long": (
@@ -99,8 +99,8 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "vram-oom": (
-        "vram --device cuda --mode oom --shape llama-1b --sequence-lengths 2048 --policy off,offload,checkpoint "
-        "--time-budget 2",
+        "vram --device cuda --mode oom --shape llama-1b --sequence-lengths 2048 "
+        "--policy off,offload,checkpoint --time-budget 2",
         0,
     ),
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
