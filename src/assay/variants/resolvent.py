@@ -18,7 +18,7 @@ __all__ = ["VARIANT", "make"]
 
 IMPLEMENTATIONS = ("pcr", "loop", "schur", "triton", "serial")
 ROUNDINGS = 16  # of each argument: cyclic reduction rounds what it makes of them once a level
-KERNELS = {"triton": "_forward", "serial": "_serial"}  # by the name in kernels.py
+KERNELS = {"triton": "_forward", "serial": "_serial"}  # by the name in diagonal_kernel.py
 TELLING = 128  # rows from which on the products of a backward pass tell log depth from a loop
 
 
