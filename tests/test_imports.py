@@ -70,7 +70,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "attempt": (*CORE, "worker"),
     "wire": ("errors", "measure"),
     "channel": CORE,
-    "session": (*CORE, "worker"),  # the latter for `--isolation inline` only
+    "connect": (*CORE, "worker"),  # the latter for `--isolation inline` only
+    "interrupt": ("observer",),
+    "launch": (*CORE, "connect", "interrupt"),
+    "session": (*CORE, "connect", "interrupt", "launch"),
     "oracle": CORE,
     "worker": (*CORE, "oracle"),
     "ranks": (*CORE, "worker"),

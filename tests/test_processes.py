@@ -16,6 +16,7 @@ import pytest
 import assay
 from assay import session
 from assay.channel import Channel
+from assay.connect import connect_inline, connect_process
 from assay.measure.record import Status
 from assay.measure.store import read_records, read_samples
 from assay.plan import make_plan
@@ -155,7 +156,7 @@ def test_arm_that_dies_between_blocks_costs_its_pair_alone(
     def connect(opening: Open, scratch: Path, timeout_s: float) -> Channel:
         opened.append(opening.arm.name)
         launching = opening.arm.name.endswith("#2") and opened.count(opening.arm.name) == 2
-        kind = session._connect_process if launching else session._connect_inline
+        kind = connect_process if launching else connect_inline
         return kind(opening, scratch, timeout_s)
 
     listener = Listener(2, lambda: trigger.write_text(do))

@@ -13,6 +13,7 @@ import pytest
 
 from assay import session
 from assay.channel import Channel, ProcessChannel, answer, ask
+from assay.connect import connect_inline, connect_process
 from assay.contracts import Case
 from assay.errors import Unavailable, UsageError, WorkerError
 from assay.measure.clock import FakeClock
@@ -177,7 +178,7 @@ def test_ranks_reach_the_variant_as_its_option() -> None:
 
 def connect(opening: Open, scratch: Path, timeout_s: float) -> Channel:
     """Processes for ranks only: the others stay in this one, for speed."""
-    kind = session._connect_process if opening.arm.nproc > 1 else session._connect_inline
+    kind = connect_process if opening.arm.nproc > 1 else connect_inline
     return kind(opening, scratch, timeout_s)
 
 

@@ -1,7 +1,7 @@
 """The contracts, on one page: what a system, a variant, a workload, a data set and a suite are.
 
-Read this, then session.py, then any one plug-in, and you know the project. Plug-ins never see a clock:
-a workload supplies a Trial whose `step` is the only timed part, and the measuring side does the rest.
+Read this, then session.py and launch.py, then any one plug-in, and you know the project. Plug-ins never see a
+clock: a workload supplies a Trial whose `step` is the only timed part, and the measuring side does the rest.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from assay.systems.offload.hooks import Offloader, _Entry, _Lane
+from assay.systems.offload.entries import Entry, Lane
+from assay.systems.offload.hooks import Offloader
 
 __all__ = [
     "CopiesOnTheComputeStream",
@@ -24,11 +25,11 @@ __all__ = [
 class KeyedByPointer(Offloader):
     """A cache by storage pointer, shape and stride that outlives the storage."""
 
-    def _shared(self, tensor: Tensor) -> _Entry | None:
-        cache: dict[object, _Entry] = self.__dict__.setdefault("cache", {})
+    def _shared(self, tensor: Tensor) -> Entry | None:
+        cache: dict[object, Entry] = self.__dict__.setdefault("cache", {})
         return cache.get((tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride()))
 
-    def _new_entry(self, tensor: Tensor) -> _Entry | None:
+    def _new_entry(self, tensor: Tensor) -> Entry | None:
         entry = super()._new_entry(tensor)
         if entry:
             key = (tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride())
@@ -39,7 +40,7 @@ class KeyedByPointer(Offloader):
 class CopiesOnTheComputeStream(Offloader):
     """Nothing overlaps."""
 
-    def _lane(self, device: torch.device) -> _Lane:
+    def _lane(self, device: torch.device) -> Lane:
         lane = super()._lane(device)
         lane.out = lane.back = lane.device.compute()
         return lane
@@ -48,7 +49,7 @@ class CopiesOnTheComputeStream(Offloader):
 class PrefetchAtPack(Offloader):
     """What leaves is asked back at once: device memory never sinks."""
 
-    def _send(self, entry: _Entry) -> None:
+    def _send(self, entry: Entry) -> None:
         super()._send(entry)
         entry.source = None
         self._fetch(entry)
@@ -67,14 +68,14 @@ class UpperLimit(Offloader):
 class EveryViewCopied(Offloader):
     """Does not see that a storage has left already."""
 
-    def _shared(self, tensor: Tensor) -> _Entry | None:
+    def _shared(self, tensor: Tensor) -> Entry | None:
         return None
 
 
 class NoWaits(Offloader):
     """Side streams without waits: compute reads what has not arrived."""
 
-    def _lane(self, device: torch.device) -> _Lane:
+    def _lane(self, device: torch.device) -> Lane:
         lane = super()._lane(device)
         lane.device.wait = lambda *_: None  # type: ignore[method-assign]
         return lane
@@ -83,6 +84,6 @@ class NoWaits(Offloader):
 class SourceFreedAtOnce(Offloader):
     """Lets the source go when its copy is queued, not when it is done."""
 
-    def _send(self, entry: _Entry) -> None:
+    def _send(self, entry: Entry) -> None:
         super()._send(entry)
         entry.source = None

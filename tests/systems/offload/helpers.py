@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from assay.systems.offload.hooks import Offloader, Options
+from assay.systems.offload.hooks import Offloader
+from assay.systems.offload.options import Options
 
 POISON = 0xFF  # as every byte of a float: NaN
 

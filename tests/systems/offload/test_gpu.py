@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from assay.systems.offload import Choice, Plan, PlannedOffloader, Prediction, make_plan, profile_step
-from assay.systems.offload.hooks import Offloader, Options
+from assay.systems.offload.hooks import Offloader
+from assay.systems.offload.options import Options
 from tests.mutants.offload import CopiesOnTheComputeStream
 from tests.systems.offload.helpers import gradients, same
 

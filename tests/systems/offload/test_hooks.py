@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from assay.errors import Unavailable, UsageError
 from assay.systems.decoder import load
 from assay.systems.offload import Candidate, Offloader, offload_activations
-from assay.systems.offload.hooks import Options
+from assay.systems.offload.options import Options
 from tests.systems.offload.helpers import LateDevice, gradients, make, mlp, same
 
 WIDTH = 8

@@ -10,10 +10,11 @@
     with planned:                                     # some blocks keep, some offload, some recompute
         model(ids_BT).loss.backward()
 
-Read hooks.py, which is the system; devices.py is the little it asks of a device, pool.py where the bytes
-wait. plan.py decides what blocks do, by what profile.py measures, and planned.py has them do it; choosing.py
-decides tensor by tensor. docs/offload.md shows how to use it all. Importing this package does not import
-torch: names are imported when they are first asked for.
+Read hooks.py, which is the system; options.py is what it may be asked for, entries.py and storages.py what it
+knows of tensors, devices.py the little it asks of a device, pool.py where the bytes wait. plan.py decides
+what blocks do, by what profile.py measures, and planned.py has them do it; choosing.py decides tensor by
+tensor. docs/offload.md shows how to use it all. Importing this package does not import torch: names are
+imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING
 from assay.lazy import exports
 
 if TYPE_CHECKING:
-    from assay.systems.offload.hooks import Candidate, Offloader, offload_activations
+    from assay.systems.offload.hooks import Offloader, offload_activations
+    from assay.systems.offload.options import Candidate
     from assay.systems.offload.plan import (
         BlockProfile,
         Choice,
@@ -63,7 +65,7 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "BlockProfile": "plan",
-        "Candidate": "hooks",
+        "Candidate": "options",
         "Choice": "plan",
         "Link": "plan",
         "Offloader": "hooks",

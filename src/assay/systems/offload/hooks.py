@@ -5,80 +5,40 @@ source stays alive until it is sent, or until compute itself waits for that, so 
 after the copy and the host never waits. Copies back are queued when a tensor is unpacked, for it and for
 those saved before it, into memory of the compute stream, and start after what compute was given before.
 
-An entry is a part of one storage (mostly all of it) at one version of its content, and is shared by every
-saved view of it. Storages are known by weak references, whose addresses no other storage takes while they
-are held. An entry lives as long as the graph holds one of its views; what it took goes back when it dies.
+What leaves are entries (entries.py): parts of storages (storages.py), each at one version of its content.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from assay.errors import Unavailable, UsageError
 from assay.systems.offload.choosing import Chooser
 from assay.systems.offload.devices import Device, open_device
-from assay.systems.offload.pool import Block, HostPool
+from assay.systems.offload.entries import Entry, Handle, Kept, Lane, Line, Step, Storage
+from assay.systems.offload.options import (
+    MIB,
+    Candidate,
+    Options,
+    Policy,
+    find_device,
+    held_tensors,
+    host_budget,
+    host_bytes,
+)
+from assay.systems.offload.pool import HostPool
 from assay.systems.offload.statistics import Statistics
+from assay.systems.offload.storages import is_plain, span, typed, weak
 
-__all__ = ["Candidate", "Offloader", "Options", "Policy", "offload_activations"]
-
-MIB = 2**20
-ALIGNMENT = 512  # of the allocator: a part of a storage starts at a multiple, so that alignment survives
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A storage, or part of one, that may leave: what a policy decides on.
-
-    `index` counts the candidates of a step from 0; steps that do the same work count alike. `shape` and
-    `dtype` are those of the first view of it that was saved.
-    """
-
-    index: int
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-Policy = Callable[[Candidate], bool]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `offload_activations` takes, checked."""
-
-    min_bytes: int = MIB
-    max_inflight_bytes: int = 1024 * MIB
-    prefetch: bool = True
-    pin: bool = True
-    skip_last: int = 0
-    budget_bytes: int | None = None
-    device: str | None = None
-    policy: Policy | None = None
-    target_mib: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("min_bytes", 0), ("max_inflight_bytes", 0), ("skip_last", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is too small", expected=f">= {least}", got=getattr(self, name))
-        if self.budget_bytes is not None and self.budget_bytes <= 0:
-            raise UsageError("budget_bytes is too small", expected="> 0", got=self.budget_bytes)
-        if self.target_mib is not None and self.target_mib <= 0:
-            raise UsageError("target_mib is too small", expected="> 0", got=self.target_mib)
+__all__ = ["Offloader", "offload_activations"]
 
 
 def offload_activations(
@@ -134,12 +94,12 @@ class Offloader:
         open_device: Callable[[torch.device], Device] = open_device,
     ) -> None:
         self.options = options or Options()
-        self._where = _device(self.options.device)
+        self._where = find_device(self.options.device)
         self._held = held
-        list(_tensors(held))  # refuse now what cannot be held
+        list(held_tensors(held))  # refuse now what cannot be held
         self._open = open_device
         pin = self.options.pin and self._where.type == "cuda"
-        self._pool = HostPool(_budget(self.options.budget_bytes), functools.partial(_host_bytes, pin=pin))
+        self._pool = HostPool(host_budget(self.options.budget_bytes), functools.partial(host_bytes, pin=pin))
         self._lock = threading.RLock()
         target = self.options.target_mib
         self._chooser = (
@@ -148,10 +108,10 @@ class Offloader:
         self._inflight = self.options.max_inflight_bytes
         self._depth = 0
         self._contexts: list[torch.autograd.graph.saved_tensors_hooks] = []
-        self._lanes: dict[torch.device, _Lane] = {}
-        self._storages: dict[int, _Storage] = {}
+        self._lanes: dict[torch.device, Lane] = {}
+        self._storages: dict[int, Storage] = {}
         self._purge_at = 1024
-        self._step = _Step()
+        self._step = Step()
 
     @property
     def statistics(self) -> Statistics:
@@ -167,8 +127,8 @@ class Offloader:
     def hold(self, *held: object) -> None:
         """Name more that the caller keeps, such as this step's inputs: until the context is entered anew."""
         with self._lock:
-            for tensor in _tensors(held):
-                if _is_plain(tensor):
+            for tensor in held_tensors(held):
+                if is_plain(tensor):
                     self._storage_of(tensor).stays = "held"
 
     def release(self) -> None:
@@ -215,7 +175,7 @@ class Offloader:
 
     def _begin(self) -> None:
         """A new step: its own statistics and order; what is held is looked up anew."""
-        last, self._step = self._step.statistics, _Step()
+        last, self._step = self._step.statistics, Step()
         if self._chooser:
             self._chooser.begin(last)
             self._inflight = self._chooser.inflight_bytes
@@ -226,23 +186,23 @@ class Offloader:
             self._release(lane)
         self.hold(*self._held)
 
-    def _pack(self, tensor: Tensor) -> _Kept | _Handle:
+    def _pack(self, tensor: Tensor) -> Kept | Handle:
         with self._lock:
             reason = self._stays(tensor)
             if reason is None:
                 return self._offload(tensor)
             self._step.statistics.skip(reason, tensor.numel() * tensor.element_size())
-            return _Kept(tensor)
+            return Kept(tensor)
 
     def _stays(self, tensor: Tensor) -> str | None:
         """Why a tensor is not offloaded; None where it is."""
         root = tensor if tensor._base is None else tensor._base
         if root.is_leaf and root.requires_grad:  # nobody but the caller can have made it
             stays = "parameter" if isinstance(root, nn.Parameter) else "held"
-            if _is_plain(tensor):
+            if is_plain(tensor):
                 self._storage_of(tensor).stays = stays
             return stays
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             return "subclass" if type(tensor) not in (Tensor, nn.Parameter) else "layout"
         if tensor.device.type != self._where.type or self._where.index not in (None, tensor.device.index):
             return "device"
@@ -254,35 +214,35 @@ class Offloader:
             return "capture"
         return self._storage_of(tensor).stays
 
-    def _offload(self, tensor: Tensor) -> _Kept | _Handle:
+    def _offload(self, tensor: Tensor) -> Kept | Handle:
         entry = self._shared(tensor)
         if entry is None:
             entry = self._new_entry(tensor)
             if entry is None:
                 reason = self._storage_of(tensor).stays or "policy"
                 self._step.statistics.skip(reason, tensor.numel() * tensor.element_size())
-                return _Kept(tensor)
-            handle = _Handle(self, entry, tensor)
+                return Kept(tensor)
+            handle = Handle(self._unpack, entry, tensor)
             self._step.deferred.append(weakref.ref(entry))
             self._send_overdue()
             return handle
         if entry.block:
             entry.statistics.tensors += 1
-        return _Handle(self, entry, tensor)
+        return Handle(self._unpack, entry, tensor)
 
-    def _shared(self, tensor: Tensor) -> _Entry | None:
+    def _shared(self, tensor: Tensor) -> Entry | None:
         """The entry that holds this tensor's bytes as they are now."""
-        start, end = _span(tensor)
+        start, end = span(tensor)
         for ref in self._storage_of(tensor).entries:
             entry = ref()
             if entry and entry.start <= start and end <= entry.end and entry.holds(tensor):
                 return entry
         return None
 
-    def _new_entry(self, tensor: Tensor) -> _Entry | None:
+    def _new_entry(self, tensor: Tensor) -> Entry | None:
         """An entry with its source alive and nothing copied; None where the policy keeps the tensor."""
         storage, known, step = tensor.untyped_storage(), self._storage_of(tensor), self._step
-        start, end = _span(tensor)
+        start, end = span(tensor)
         if 2 * (end - start) > storage.nbytes():
             start, end = 0, storage.nbytes()  # other views of it are likely to be saved too
         candidate = Candidate(
@@ -297,11 +257,11 @@ class Offloader:
         if self._chooser and not self._chooser.leaves(candidate.index, candidate.nbytes, lane.device):
             known.stays = "target"
             return None
-        line = step.lines.setdefault(tensor.device, _Line())
+        line = step.lines.setdefault(tensor.device, Line())
         while line.order and line.order[-1]() is None:  # several steps may share one `with`
             line.order.pop()
-        source = _typed(storage, torch.uint8, start, (end - start,), (1,))
-        entry = _Entry(lane, line, step.statistics, self._pool, source, start, tensor, candidate.index)
+        source = typed(storage, torch.uint8, start, (end - start,), (1,))
+        entry = Entry(lane, line, step.statistics, self._pool, source, start, tensor, candidate.index)
         line.order.append(weakref.ref(entry))
         known.entries = [ref for ref in known.entries if ref() is not None]
         known.entries.append(weakref.ref(entry))
@@ -316,7 +276,7 @@ class Offloader:
         for lane in self._lanes.values():
             self._release(lane)
 
-    def _send(self, entry: _Entry) -> None:
+    def _send(self, entry: Entry) -> None:
         statistics = entry.statistics
         allocations = self._pool.allocations
         block = self._pool.take(entry.nbytes)
@@ -344,7 +304,7 @@ class Offloader:
         if device.overlaps:
             statistics.overlaps()
 
-    def _release(self, lane: _Lane) -> None:
+    def _release(self, lane: Lane) -> None:
         """Drop the oldest sources until few enough are in flight; compute waits where a copy is not done."""
         while lane.leaving:
             ref, nbytes = lane.leaving[0]
@@ -360,7 +320,7 @@ class Offloader:
 
     # Unpacking
 
-    def _unpack(self, handle: _Handle) -> Tensor:
+    def _unpack(self, handle: Handle) -> Tensor:
         with self._lock:
             handle.check_version()
             entry = handle.entry
@@ -377,11 +337,11 @@ class Offloader:
             handle.turn = entry.turn
             entry.consumed_by = torch._C._current_graph_task_id()
             if all(other is None or other.turn == entry.turn for other in (ref() for ref in entry.handles)):
-                entry.restored, entry.lent = None, _weak(data.untyped_storage())  # the consumer holds it now
+                entry.restored, entry.lent = None, weak(data.untyped_storage())  # the consumer holds it now
             self._prefetch(entry)
             return handle.view(data, entry.start)
 
-    def _count_recall(self, entry: _Entry) -> None:
+    def _count_recall(self, entry: Entry) -> None:
         if not entry.counted:
             entry.counted = True
             if entry.block:
@@ -390,7 +350,7 @@ class Offloader:
                 entry.statistics.skip("last", entry.nbytes)
         self._prefetch(entry)
 
-    def _fetch(self, entry: _Entry) -> None:
+    def _fetch(self, entry: Entry) -> None:
         """Queue the copy back. It waits for compute first, whose work may still use the memory it goes to."""
         lane, device, block = entry.lane, entry.lane.device, entry.block
         assert block is not None
@@ -405,7 +365,7 @@ class Offloader:
         block.busy = [entry.arrived]
         entry.statistics.bytes_back += entry.nbytes
 
-    def _ready(self, entry: _Entry) -> Tensor:
+    def _ready(self, entry: Entry) -> Tensor:
         """The restored bytes, once compute has been told to wait for them."""
         device, data = entry.lane.device, entry.restored
         assert data is not None
@@ -417,7 +377,7 @@ class Offloader:
             entry.awaited = True
         return data
 
-    def _stall(self, entry: _Entry, stream: Any, event: Any) -> None:
+    def _stall(self, entry: Entry, stream: Any, event: Any) -> None:
         """Make a compute stream wait, and count for how long where the event has not happened yet."""
         device = entry.lane.device
         if device.done(event):
@@ -429,7 +389,7 @@ class Offloader:
         if self._chooser and self._chooser.watching and entry.statistics is self._step.statistics:
             self._chooser.waited(device, start, end)
 
-    def _prefetch(self, entry: _Entry) -> None:
+    def _prefetch(self, entry: Entry) -> None:
         """Bring back what was saved before this entry, nearest first, a bounded number of bytes ahead."""
         if not self.options.prefetch:
             return
@@ -450,13 +410,13 @@ class Offloader:
 
     # Identity
 
-    def _storage_of(self, tensor: Tensor) -> _Storage:
+    def _storage_of(self, tensor: Tensor) -> Storage:
         storage = tensor.untyped_storage()
         known = self._storages.get(storage._cdata)
         if known is None:
             if len(self._storages) >= self._purge_at:
                 self._purge(keep_decisions=True)
-            known = self._storages[storage._cdata] = _Storage(_weak(storage))
+            known = self._storages[storage._cdata] = Storage(weak(storage))
         return known
 
     def _purge(self, *, keep_decisions: bool) -> None:
@@ -468,280 +428,11 @@ class Offloader:
                 del self._storages[key]
         self._purge_at = 2 * len(self._storages) + 1024
 
-    def _lane(self, device: torch.device) -> _Lane:
+    def _lane(self, device: torch.device) -> Lane:
         if device not in self._lanes:
-            self._lanes[device] = _Lane(self._open(device))
+            self._lanes[device] = Lane(self._open(device))
         return self._lanes[device]
 
 
-class _Lane:
-    """A device with its copy streams, and the entries whose source waits for its copy out, oldest first."""
-
-    def __init__(self, device: Device) -> None:
-        self.device, self.out, self.back = device, device.stream(), device.stream()
-        self.leaving: deque[tuple[weakref.ref[_Entry], int]] = deque()
-        self.leaving_bytes = 0
-
-
-class _Step:
-    """One step's statistics, and its entries."""
-
-    def __init__(self) -> None:
-        self.statistics = Statistics()
-        self.candidates = 0
-        self.lines: dict[torch.device, _Line] = {}
-        self.deferred: deque[weakref.ref[_Entry]] = deque()
-
-
-class _Line:
-    """A step's entries on one device in the order of saving, and how far the prefetch has come."""
-
-    def __init__(self) -> None:
-        self.order: list[weakref.ref[_Entry]] = []
-        self.cursor = 0  # in the order: all from here on need no prefetch
-        self.task: int | None = None  # the backward that the cursor belongs to
-        self.ahead: deque[tuple[weakref.ref[_Entry], int]] = deque()
-        self.ahead_bytes = 0
-
-    def forget_used(self) -> None:
-        """Take what is used or gone off the count of bytes ahead."""
-        while self.ahead:
-            entry = self.ahead[0][0]()
-            if entry and not entry.awaited:
-                return
-            self.ahead_bytes -= self.ahead.popleft()[1]
-
-
-class _Storage:
-    """What is known of a live storage: its entries, or why it stays. `ref` keeps its address taken."""
-
-    __slots__ = ("entries", "ref", "stays")
-
-    def __init__(self, ref: StorageWeakRef) -> None:
-        self.ref = ref
-        self.entries: list[weakref.ref[_Entry]] = []
-        self.stays: str | None = None
-
-    def expired(self) -> bool:
-        return bool(self.ref.expired())  # type: ignore[no-untyped-call]  # torch leaves it untyped
-
-
-class _Version:
-    """A tensor's version counter, held without its storage."""
-
-    __slots__ = ("_counter", "expected")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.expected = tensor._version
-        self._counter = tensor.detach()  # shares the counter, also once it has another storage
-        self._counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-
-    @property
-    def now(self) -> int:
-        return self._counter._version
-
-
-class _Entry:
-    """Part of a storage at one version: bytes `start` to `end`, on the device (`source`) or the host."""
-
-    def __init__(
-        self,
-        lane: _Lane,
-        line: _Line,
-        statistics: Statistics,
-        pool: HostPool,
-        source: Tensor,
-        start: int,
-        tensor: Tensor,
-        candidate: int,
-    ) -> None:
-        self.lane, self.line, self.statistics, self._pool = lane, line, statistics, pool
-        self.index, self.candidate = len(line.order), candidate
-        self.start, self.nbytes = start, source.numel()
-        self.end = start + self.nbytes
-        self.handles: list[weakref.ref[_Handle]] = []
-        self._version = _Version(tensor)
-        self.source: Tensor | None = source
-        self.block: Block | None = None
-        self.restored: Tensor | None = None
-        self.stream: Any = None  # to which the memory of source or restored belongs
-        self.sent: Any = None
-        self.arrived: Any = None
-        self.awaited = True  # compute has been told to wait for `arrived`
-        self.turn = 0  # how often it has been brought back
-        self.consumed_by: int | None = None  # the graph task, which is one backward
-        self.lent: StorageWeakRef | None = None  # what was restored last, as long as a consumer holds it
-        self.counted = False  # in the statistics, as recalled or as skipped
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether the content is still what it was, as far as version counters tell."""
-        return self._version.now == self._version.expected == tensor._version
-
-    def borrowed(self) -> Tensor | None:
-        """The bytes restored last, where a consumer still holds them: a node may read its tensors twice."""
-        storage = None if self.lent is None else torch.UntypedStorage._new_with_weak_ptr(self.lent.cdata)
-        return None if storage is None else _typed(storage, torch.uint8, 0, (self.nbytes,), (1,))
-
-    def __del__(self) -> None:
-        if self.restored is not None and not self.awaited:  # its memory is written to until then
-            self.lane.device.wait(self.stream, self.arrived)
-        if self.block is not None:
-            self._pool.give(self.block)
-
-
-class _Handle:
-    """What autograd keeps instead of one saved tensor: a view of an entry."""
-
-    __slots__ = (
-        "__weakref__",
-        "_byte_offset",
-        "_dtype",
-        "_owner",
-        "_shape",
-        "_stride",
-        "_version",
-        "entry",
-        "turn",
-    )
-
-    def __init__(self, owner: Offloader, entry: _Entry, tensor: Tensor) -> None:
-        self.entry, self._owner = entry, owner
-        self._dtype, self._shape, self._stride = tensor.dtype, tuple(tensor.shape), tensor.stride()
-        self._byte_offset = tensor.storage_offset() * tensor.element_size()
-        self._version = _Version(tensor)
-        self.turn = 0
-        entry.handles.append(weakref.ref(self))
-
-    def unpack(self) -> Tensor:
-        return self._owner._unpack(self)
-
-    def check_version(self) -> None:
-        _check_version(self._shape, self._dtype, self._version.now, self._version.expected)
-
-    def view(self, data: Tensor, start: int) -> Tensor:
-        """The saved tensor, over a storage whose byte 0 is the byte `start` of the original one."""
-        offset = (self._byte_offset - start) // self._dtype.itemsize
-        return _typed(data.untyped_storage(), self._dtype, offset, self._shape, self._stride)
-
-
-class _Kept:
-    """A saved tensor that stays. Detached, since an output that its own node held would never be freed."""
-
-    __slots__ = ("_tensor", "_version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor if tensor.is_leaf else tensor.detach()
-        self._version = None if tensor.is_inference() else tensor._version
-
-    def unpack(self) -> Tensor:
-        if self._version is not None:
-            _check_version(
-                tuple(self._tensor.shape), self._tensor.dtype, self._tensor._version, self._version
-            )
-        return self._tensor
-
-
-def _unpack(packed: _Kept | _Handle) -> Tensor:
+def _unpack(packed: Kept | Handle) -> Tensor:
     return packed.unpack()
-
-
-def _check_version(shape: tuple[int, ...], dtype: torch.dtype, now: int, expected: int) -> None:
-    """Autograd's own check, which it leaves out where there are hooks."""
-    if now != expected:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{dtype} {list(shape)}] is at version {now}; expected version {expected} instead"
-        )
-
-
-def _typed(
-    storage: torch.UntypedStorage,
-    dtype: torch.dtype,
-    offset: int,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """A tensor over a storage; offset and stride in elements."""
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
-
-
-def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
-    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte, rounded down to the alignment, and end of what a tensor touches in its storage."""
-    size = tensor.element_size()
-    first = int(tensor.storage_offset()) * size
-    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = first + int(reach + 1) * size if tensor.numel() else first
-    return first // ALIGNMENT * ALIGNMENT, end
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is a strided window on a storage and nothing more."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and tensor.device.type != "meta"
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-        and not torch._is_functional_tensor(tensor)
-    )
-
-
-def _tensors(held: object) -> Iterator[Tensor]:
-    """Every tensor of modules, tensors, sequences and mappings."""
-    match held:
-        case Tensor():
-            yield held
-        case nn.Module():
-            yield from held.parameters()
-            yield from held.buffers()
-        case Mapping():
-            for value in held.values():
-                yield from _tensors(value)
-        case list() | tuple():
-            for value in held:
-                yield from _tensors(value)
-        case _:
-            raise UsageError(
-                "what is held is not a tensor",
-                expected="modules and tensors, or lists, tuples and mappings of them",
-                got=type(held).__name__,
-            )
-
-
-def _device(name: str | None) -> torch.device:
-    """The device whose tensors leave; without an index, every one of its type."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as e:
-        raise UsageError(f"unknown device '{name}'", expected="cuda, cuda:N or cpu") from e
-    if device.type not in ("cuda", "cpu"):
-        raise UsageError(f"cannot offload from '{name}'", expected="cuda, cuda:N or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Unavailable(f"there is no CUDA device '{name}'", "use device='cpu'")
-    return torch.device("cpu") if device.type == "cpu" else device
-
-
-def _budget(asked: int | None) -> int:
-    """The pool's limit in bytes. Raises Unavailable where the host has less memory than was asked for."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if asked is not None and asked > host:
-        raise Unavailable(
-            f"the pool may take {asked / MIB:.0f} MiB of host memory and the host has {host / MIB:.0f} MiB",
-            "lower budget_bytes",
-        )
-    return host // 2 if asked is None else asked
-
-
-def _host_bytes(nbytes: int, pin: bool) -> Tensor:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
-    except RuntimeError as e:
-        raise Unavailable(
-            f"the host has no {nbytes / MIB:.1f} MiB more{' to pin' if pin else ''} for activations",
-            "lower budget_bytes",
-        ) from e

@@ -20,8 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from assay.errors import UsageError
 from assay.systems.offload.devices import Device, measure_link, open_device
-from assay.systems.offload.hooks import MIB, Offloader, Options, _is_plain, _Kept, _weak
+from assay.systems.offload.entries import Kept
+from assay.systems.offload.hooks import Offloader
+from assay.systems.offload.options import MIB, Options
 from assay.systems.offload.plan import BlockProfile, Link, Piece, Profile
+from assay.systems.offload.storages import is_plain, weak
 
 __all__ = ["profile_step"]
 
@@ -123,7 +126,7 @@ class _Observer(Offloader):
 
     def _pack(self, tensor: Tensor) -> Any:
         with self._lock:
-            kept = _Kept(tensor)
+            kept = Kept(tensor)
             saved = None if torch._C._current_graph_task_id() != -1 else self._entry(tensor)
             if saved is None:
                 return kept
@@ -143,11 +146,11 @@ class _Observer(Offloader):
         stays = self._stays(tensor)
         if stays in ("parameter", "held", "device") or tensor.device.type == "meta":
             return None
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             return _Saved(0, tensor.numel() * tensor.element_size(), False, None)
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
-            ref, movable = _weak(storage), stays is None
+            ref, movable = weak(storage), stays is None
             self._known[storage._cdata] = _Saved(len(self.sections) - 1, storage.nbytes(), movable, ref)
         return self._known[storage._cdata]
 
@@ -186,7 +189,7 @@ class _Watched:
 
     __slots__ = ("_kept", "_observer", "_saved")
 
-    def __init__(self, observer: _Observer, kept: _Kept, saved: _Saved) -> None:
+    def __init__(self, observer: _Observer, kept: Kept, saved: _Saved) -> None:
         self._observer, self._kept, self._saved = observer, kept, saved
 
     def unpack(self) -> Tensor:

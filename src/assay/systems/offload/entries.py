@@ -1,0 +1,174 @@
+"""What leaves, and what autograd holds instead: storages, their entries, and a handle for each saved tensor.
+
+An entry is a part of one storage (mostly all of it) at one version of its content, and is shared by every
+saved view of it. Storages are known by weak references, whose addresses no other storage takes while they
+are held. An entry lives as long as the graph holds one of its views; what it took goes back when it dies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from assay.systems.offload.devices import Device
+from assay.systems.offload.pool import Block, HostPool
+from assay.systems.offload.statistics import Statistics
+from assay.systems.offload.storages import Version, check_version, typed
+
+__all__ = ["Entry", "Handle", "Kept", "Lane", "Line", "Step", "Storage"]
+
+
+class Lane:
+    """A device with its copy streams, and the entries whose source waits for its copy out, oldest first."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.out, self.back = device, device.stream(), device.stream()
+        self.leaving: deque[tuple[weakref.ref[Entry], int]] = deque()
+        self.leaving_bytes = 0
+
+
+class Step:
+    """One step's statistics, and its entries."""
+
+    def __init__(self) -> None:
+        self.statistics = Statistics()
+        self.candidates = 0
+        self.lines: dict[torch.device, Line] = {}
+        self.deferred: deque[weakref.ref[Entry]] = deque()
+
+
+class Line:
+    """A step's entries on one device in the order of saving, and how far the prefetch has come."""
+
+    def __init__(self) -> None:
+        self.order: list[weakref.ref[Entry]] = []
+        self.cursor = 0  # in the order: all from here on need no prefetch
+        self.task: int | None = None  # the backward that the cursor belongs to
+        self.ahead: deque[tuple[weakref.ref[Entry], int]] = deque()
+        self.ahead_bytes = 0
+
+    def forget_used(self) -> None:
+        """Take what is used or gone off the count of bytes ahead."""
+        while self.ahead:
+            entry = self.ahead[0][0]()
+            if entry and not entry.awaited:
+                return
+            self.ahead_bytes -= self.ahead.popleft()[1]
+
+
+class Storage:
+    """What is known of a live storage: its entries, or why it stays. `ref` keeps its address taken."""
+
+    __slots__ = ("entries", "ref", "stays")
+
+    def __init__(self, ref: StorageWeakRef) -> None:
+        self.ref = ref
+        self.entries: list[weakref.ref[Entry]] = []
+        self.stays: str | None = None
+
+    def expired(self) -> bool:
+        return bool(self.ref.expired())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+class Entry:
+    """Part of a storage at one version: bytes `start` to `end`, on the device (`source`) or the host."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        line: Line,
+        statistics: Statistics,
+        pool: HostPool,
+        source: Tensor,
+        start: int,
+        tensor: Tensor,
+        candidate: int,
+    ) -> None:
+        self.lane, self.line, self.statistics, self._pool = lane, line, statistics, pool
+        self.index, self.candidate = len(line.order), candidate
+        self.start, self.nbytes = start, source.numel()
+        self.end = start + self.nbytes
+        self.handles: list[weakref.ref[Handle]] = []
+        self._version = Version(tensor)
+        self.source: Tensor | None = source
+        self.block: Block | None = None
+        self.restored: Tensor | None = None
+        self.stream: Any = None  # to which the memory of source or restored belongs
+        self.sent: Any = None
+        self.arrived: Any = None
+        self.awaited = True  # compute has been told to wait for `arrived`
+        self.turn = 0  # how often it has been brought back
+        self.consumed_by: int | None = None  # the graph task, which is one backward
+        self.lent: StorageWeakRef | None = None  # what was restored last, as long as a consumer holds it
+        self.counted = False  # in the statistics, as recalled or as skipped
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the content is still what it was, as far as version counters tell."""
+        return self._version.now == self._version.expected == tensor._version
+
+    def borrowed(self) -> Tensor | None:
+        """The bytes restored last, where a consumer still holds them: a node may read its tensors twice."""
+        storage = None if self.lent is None else torch.UntypedStorage._new_with_weak_ptr(self.lent.cdata)
+        return None if storage is None else typed(storage, torch.uint8, 0, (self.nbytes,), (1,))
+
+    def __del__(self) -> None:
+        if self.restored is not None and not self.awaited:  # its memory is written to until then
+            self.lane.device.wait(self.stream, self.arrived)
+        if self.block is not None:
+            self._pool.give(self.block)
+
+
+class Handle:
+    """What autograd keeps instead of one saved tensor: a view of an entry."""
+
+    __slots__ = (
+        "__weakref__",
+        "_byte_offset",
+        "_dtype",
+        "_shape",
+        "_stride",
+        "_unpack",
+        "_version",
+        "entry",
+        "turn",
+    )
+
+    def __init__(self, unpack: Callable[[Handle], Tensor], entry: Entry, tensor: Tensor) -> None:
+        self.entry, self._unpack = entry, unpack
+        self._dtype, self._shape, self._stride = tensor.dtype, tuple(tensor.shape), tensor.stride()
+        self._byte_offset = tensor.storage_offset() * tensor.element_size()
+        self._version = Version(tensor)
+        self.turn = 0
+        entry.handles.append(weakref.ref(self))
+
+    def unpack(self) -> Tensor:
+        return self._unpack(self)
+
+    def check_version(self) -> None:
+        check_version(self._shape, self._dtype, self._version.now, self._version.expected)
+
+    def view(self, data: Tensor, start: int) -> Tensor:
+        """The saved tensor, over a storage whose byte 0 is the byte `start` of the original one."""
+        offset = (self._byte_offset - start) // self._dtype.itemsize
+        return typed(data.untyped_storage(), self._dtype, offset, self._shape, self._stride)
+
+
+class Kept:
+    """A saved tensor that stays. Detached, since an output that its own node held would never be freed."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def unpack(self) -> Tensor:
+        if self._version is not None:
+            check_version(tuple(self._tensor.shape), self._tensor.dtype, self._tensor._version, self._version)
+        return self._tensor

@@ -1,0 +1,126 @@
+"""What a caller may ask of the offloader, and what the machine can grant of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import Unavailable, UsageError
+
+__all__ = [
+    "MIB",
+    "Candidate",
+    "Options",
+    "Policy",
+    "find_device",
+    "held_tensors",
+    "host_budget",
+    "host_bytes",
+]
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A storage, or part of one, that may leave: what a policy decides on.
+
+    `index` counts the candidates of a step from 0; steps that do the same work count alike. `shape` and
+    `dtype` are those of the first view of it that was saved.
+    """
+
+    index: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+Policy = Callable[[Candidate], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `offload_activations` takes, checked."""
+
+    min_bytes: int = MIB
+    max_inflight_bytes: int = 1024 * MIB
+    prefetch: bool = True
+    pin: bool = True
+    skip_last: int = 0
+    budget_bytes: int | None = None
+    device: str | None = None
+    policy: Policy | None = None
+    target_mib: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("min_bytes", 0), ("max_inflight_bytes", 0), ("skip_last", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is too small", expected=f">= {least}", got=getattr(self, name))
+        if self.budget_bytes is not None and self.budget_bytes <= 0:
+            raise UsageError("budget_bytes is too small", expected="> 0", got=self.budget_bytes)
+        if self.target_mib is not None and self.target_mib <= 0:
+            raise UsageError("target_mib is too small", expected="> 0", got=self.target_mib)
+
+
+def held_tensors(held: object) -> Iterator[Tensor]:
+    """Every tensor of modules, tensors, sequences and mappings."""
+    match held:
+        case Tensor():
+            yield held
+        case nn.Module():
+            yield from held.parameters()
+            yield from held.buffers()
+        case Mapping():
+            for value in held.values():
+                yield from held_tensors(value)
+        case list() | tuple():
+            for value in held:
+                yield from held_tensors(value)
+        case _:
+            raise UsageError(
+                "what is held is not a tensor",
+                expected="modules and tensors, or lists, tuples and mappings of them",
+                got=type(held).__name__,
+            )
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device whose tensors leave; without an index, every one of its type."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UsageError(f"unknown device '{name}'", expected="cuda, cuda:N or cpu") from e
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"cannot offload from '{name}'", expected="cuda, cuda:N or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Unavailable(f"there is no CUDA device '{name}'", "use device='cpu'")
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def host_budget(asked: int | None) -> int:
+    """The pool's limit in bytes. Raises Unavailable where the host has less memory than was asked for."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if asked is not None and asked > host:
+        raise Unavailable(
+            f"the pool may take {asked / MIB:.0f} MiB of host memory and the host has {host / MIB:.0f} MiB",
+            "lower budget_bytes",
+        )
+    return host // 2 if asked is None else asked
+
+
+def host_bytes(nbytes: int, pin: bool) -> Tensor:
+    """Host memory, uninitialised. Raises Unavailable where there is no more."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
+    except RuntimeError as e:
+        raise Unavailable(
+            f"the host has no {nbytes / MIB:.1f} MiB more{' to pin' if pin else ''} for activations",
+            "lower budget_bytes",
+        ) from e

@@ -1,0 +1,71 @@
+"""A tensor as bytes of a storage at a version of its content: what is asked of PyTorch's inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["Version", "check_version", "is_plain", "span", "typed", "weak"]
+
+ALIGNMENT = 512  # of the allocator: a part of a storage starts at a multiple, so that alignment survives
+
+
+class Version:
+    """A tensor's version counter, held without its storage."""
+
+    __slots__ = ("_counter", "expected")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.expected = tensor._version
+        self._counter = tensor.detach()  # shares the counter, also once it has another storage
+        self._counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+    @property
+    def now(self) -> int:
+        return self._counter._version
+
+
+def check_version(shape: tuple[int, ...], dtype: torch.dtype, now: int, expected: int) -> None:
+    """Autograd's own check, which it leaves out where there are hooks."""
+    if now != expected:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{dtype} {list(shape)}] is at version {now}; expected version {expected} instead"
+        )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is a strided window on a storage and nothing more."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+        and not torch._is_functional_tensor(tensor)
+    )
+
+
+def span(tensor: Tensor) -> tuple[int, int]:
+    """First byte, rounded down to the alignment, and end of what a tensor touches in its storage."""
+    size = tensor.element_size()
+    first = int(tensor.storage_offset()) * size
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = first + int(reach + 1) * size if tensor.numel() else first
+    return first // ALIGNMENT * ALIGNMENT, end
+
+
+def typed(
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """A tensor over a storage; offset and stride in elements."""
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
+
+
+def weak(storage: torch.UntypedStorage) -> StorageWeakRef:
+    """Keeps the storage's address taken, not its memory."""
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch leaves it untyped
