@@ -1,9 +1,11 @@
 """What every test may rely on: the user's cache out of reach, few threads, GPU tests skipped without one."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of CUDA, CUDA under WSL, ROCm: told without torch
@@ -16,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch's pools would otherwise spin against each other on a small machine. Triton's kernels are
     interpreted where there is no driver to run them on, which must be known before Triton is imported.
     """
+    hypothesis.settings.register_profile("assay", deadline=None)  # a shared machine has pauses
+    hypothesis.settings.load_profile("assay")
     cache = tempfile.TemporaryDirectory(prefix="assay-tests-")
     config.add_cleanup(cache.cleanup)
     os.environ["ASSAY_CACHE"] = cache.name
@@ -33,3 +37,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device (scripts/gpu runs these)")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Forget the graph breaks of a test: torch counts them for the process, and a proof asks for none."""
+    if "torch._dynamo" in sys.modules:
+        from torch._dynamo.utils import counters
+
+        counters["graph_break"].clear()

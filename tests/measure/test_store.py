@@ -157,7 +157,7 @@ any_record = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(any_record, max_size=3))
 def test_any_record_reads_back_as_it_was(records: list[Record]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def test_any_record_reads_back_as_it_was(records: list[Record]) -> None:
         assert read_records(folder) == records
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(any_record, min_size=1, max_size=3), st.data())
 def test_truncation_at_any_byte_loses_at_most_the_last_whole_line(
     records: list[Record], data: st.DataObject

@@ -117,7 +117,7 @@ def _program(
     return [torch.zeros(()) if t.grad is None else t.grad for t in (x_BC, *weights)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     names=st.lists(st.sampled_from(sorted(OPS)), min_size=1, max_size=12),
     seed=st.integers(0, 2**16),

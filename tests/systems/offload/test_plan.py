@@ -168,7 +168,7 @@ def drawn(blocks: list[tuple[int, list[tuple[int, bool, float, float]], bool, in
     return Profile(blocks=tuple(costs), pieces=tuple(pieces), turn_ms=0.5, link=link)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(blocks=blocks_of_any_kind, rate=st.sampled_from([5.0, 20.0, 100.0]), part=st.floats(0.3, 1.0))
 def test_plan_is_the_best_of_all(
     blocks: list[tuple[int, list[tuple[int, bool, float, float]], bool, int]], rate: float, part: float

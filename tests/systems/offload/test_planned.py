@@ -74,7 +74,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     stack=st.lists(
         st.tuples(st.sampled_from(sorted(BLOCKS)), st.sampled_from(Choice)), min_size=1, max_size=7

@@ -42,7 +42,7 @@ def test_products_of_one_sign_lose_nothing_with_length(N: int, implementation: s
     assert error(resolvent_diagonal(a, b, b, Z, implementation=implementation), exact) <= 3e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     N=st.integers(1, 40),
     batch=st.lists(st.integers(1, 3), max_size=2),
