@@ -14,7 +14,6 @@ from assay.contracts import (
     Attempt,
     Attempted,
     Case,
-    Entry,
     Metric,
     Option,
     Options,
@@ -63,10 +62,10 @@ class Doubling:
     def settings(self, _case: Case, _options: Options) -> Mapping[str, Any]:
         return {"launches": 1, "benchmark_steps": 4, "warmup_steps": 1}
 
-    def metrics(self, entries: Sequence[Entry], _options: Options) -> Mapping[str, Metric]:
-        times = {r.arm.name: r.summary["step"].median_ns for e in entries for r in e.records if r.summary}
+    def metrics(self, run: SuiteRun) -> Mapping[str, Metric]:
+        times = {r.arm.name: r.summary["step"].median_ns for e in run.entries for r in e.records if r.summary}
         if len(times) < 2:
-            return {"speedup": Metric(reason="not measured", failed=any(e.records for e in entries))}
+            return {"speedup": Metric(reason="not measured", failed=any(e.records for e in run.entries))}
         return {"speedup": Metric(value=times["eager"] / times["sdpa"])}
 
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
@@ -266,7 +265,7 @@ def test_exit_code_and_status(
 
 def test_skipped_kpi_fails_no_run_but_a_run_without_figures_is_not_green(play: Played) -> None:
     class Skipping(Doubling):
-        def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]:
+        def metrics(self, run: SuiteRun) -> Mapping[str, Metric]:
             return {"speedup": Metric(reason="needs CUDA")}
 
     run = play(Skipping())

@@ -95,8 +95,7 @@ def exit_code(run: SuiteRun) -> int:
 
 
 def _judged(suite: Suite, run: SuiteRun) -> SuiteRun:
-    metrics = suite.metrics(run.entries, run.options)
-    return replace(run, findings=judge_kpis(suite.kpis, metrics))
+    return replace(run, findings=judge_kpis(suite.kpis, suite.metrics(run)))
 
 
 # The cases

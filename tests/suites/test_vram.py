@@ -149,7 +149,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def figures(run: SuiteRun) -> Figures:
-    return vram.SUITE.figures(run.entries, run.options)
+    return vram.SUITE.figures(run)
 
 
 def test_figures_are_those_of_the_records(machine: Machine) -> None:

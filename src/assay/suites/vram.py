@@ -15,9 +15,7 @@ from assay.contracts import (
     KPI,
     Arm,
     Attempt,
-    Attempted,
     Case,
-    Entry,
     Metric,
     Option,
     Options,
@@ -65,6 +63,13 @@ KPIS = (
         threshold=1.0,
         unit="x",
         when="time of auto over the quickest pure policy that is as lean, lower end, CUDA",
+    ),
+    KPI(
+        metric="vram_largest_batch",
+        comparison=">=",
+        threshold=2.0,
+        unit="x",
+        when="mode oom: largest batch with offload or auto over that with off, CUDA",
     ),
 )
 
@@ -151,31 +156,29 @@ class Vram:
             **(sampled if timed else {"benchmark_steps": 1}),
         }
 
-    def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]:
+    def metrics(self, run: SuiteRun) -> Mapping[str, Metric]:
         """Every KPI's figure: of this run, or None and the reason."""
-        return self.figures(entries, options).metrics()
+        return self.figures(run).metrics()
 
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
         """JSON, Markdown and a page of the mode: docs/vram.md."""
         from assay.suites import _vram_files as files
 
-        return files.write(run, self.figures(run.entries, run.options, run.attempts), folder)
+        return files.write(run, self.figures(run), folder)
 
     def printed(self, run: SuiteRun) -> str:
         """The mode's tables and the recommendation, for a terminal."""
         from assay.report.suite import render_sections
         from assay.suites import _vram_files as files
 
-        figures = self.figures(run.entries, run.options, run.attempts)
+        figures = self.figures(run)
         return "\n\n".join(filter(None, [render_sections(files.sections(figures)), figures.recommendation()]))
 
-    def figures(
-        self, entries: Sequence[Entry], options: Options, attempts: Sequence[Attempted] = ()
-    ) -> Figures:
-        """What the entries of a run say. Imported here: listing suites waits for no statistics."""
+    def figures(self, run: SuiteRun) -> Figures:
+        """What a run says. Imported here: listing suites waits for no statistics."""
         from assay.suites._vram_figures import Figures
 
-        return Figures(entries, asked(options), int(options["launches"]), attempts)
+        return Figures(run.entries, asked(run.options), int(run.options["launches"]), run.attempts)
 
 
 SUITE = Vram()
