@@ -343,8 +343,10 @@ def up_to_32(asked: list[int]) -> Callable[[Attempt], Attempted]:
 def test_plan_is_told_what_fits_and_the_run_has_every_answer(play: Played, tmp_path: Path) -> None:
     asked: list[int] = []
     one = Sizing()
-    run = play(one, try_=up_to_32(asked))
+    told: list[Attempted] = []
+    run = play(one, try_=up_to_32(asked), tell=told.append)
     assert asked == [16, 32, 64]
+    assert told == list(run.attempts)
     assert [tried.fits for tried in one.told_of] == [True, True, True, False]
     assert list(run.attempts) == [one.told_of[i] for i in (0, 1, 3)]
     assert [len(r.attempts) for r in one.told] == [0, 3]

@@ -110,7 +110,7 @@ class Vram:
         ),
         "memory_budget_mib": Option(
             default=0,
-            help="of mode oom: what a step may take, MiB; 0: what the device has, 64 on the CPU",
+            help="of mode oom: what a step may take, MiB; 0: what the device has, 48 on the CPU",
             minimum=0,
         ),
         "launches": Option(default=1, help="fresh pairs of processes on CUDA", minimum=1),
@@ -119,7 +119,7 @@ class Vram:
     kpis = KPIS
 
     def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]] | Attempt, Any, None]:
-        """Every case with all its policies; each policy alone where the first does not fit."""
+        """Every case with all its policies; alone those that had no partner: it does not fit, or is not here."""
         found = asked(options)
         if found.mode == "oom":
             from assay.suites import _vram_oom as oom
@@ -128,9 +128,9 @@ class Vram:
             return
         for case in found.cases:
             records = yield case, found.arms
-            baseline = [r for r in records if r.arm.name == found.arms[0].name]
-            if any(r.status is Status.OUT_OF_MEMORY for r in baseline):
-                for arm in found.arms[1:]:
+            for arm in found.arms:
+                own = {r.status for r in records if r.arm.name == arm.name}
+                if own == {Status.PARTNER_FAILED}:
                     yield case, (arm,)
 
     def settings(self, case: Case, options: Options) -> Mapping[str, Any]:
