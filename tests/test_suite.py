@@ -14,7 +14,6 @@ from assay.contracts import (
     Attempt,
     Attempted,
     Case,
-    Entry,
     Metric,
     Option,
     Options,
@@ -63,10 +62,10 @@ class Doubling:
     def settings(self, _case: Case, _options: Options) -> Mapping[str, Any]:
         return {"launches": 1, "benchmark_steps": 4, "warmup_steps": 1}
 
-    def metrics(self, entries: Sequence[Entry], _options: Options) -> Mapping[str, Metric]:
-        times = {r.arm.name: r.summary["step"].median_ns for e in entries for r in e.records if r.summary}
+    def metrics(self, run: SuiteRun) -> Mapping[str, Metric]:
+        times = {r.arm.name: r.summary["step"].median_ns for e in run.entries for r in e.records if r.summary}
         if len(times) < 2:
-            return {"speedup": Metric(reason="not measured", failed=any(e.records for e in entries))}
+            return {"speedup": Metric(reason="not measured", failed=any(e.records for e in run.entries))}
         return {"speedup": Metric(value=times["eager"] / times["sdpa"])}
 
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
@@ -266,7 +265,7 @@ def test_exit_code_and_status(
 
 def test_skipped_kpi_fails_no_run_but_a_run_without_figures_is_not_green(play: Played) -> None:
     class Skipping(Doubling):
-        def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]:
+        def metrics(self, run: SuiteRun) -> Mapping[str, Metric]:
             return {"speedup": Metric(reason="needs CUDA")}
 
     run = play(Skipping())
@@ -344,8 +343,10 @@ def up_to_32(asked: list[int]) -> Callable[[Attempt], Attempted]:
 def test_plan_is_told_what_fits_and_the_run_has_every_answer(play: Played, tmp_path: Path) -> None:
     asked: list[int] = []
     one = Sizing()
-    run = play(one, try_=up_to_32(asked))
+    told: list[Attempted] = []
+    run = play(one, try_=up_to_32(asked), tell=told.append)
     assert asked == [16, 32, 64]
+    assert told == list(run.attempts)
     assert [tried.fits for tried in one.told_of] == [True, True, True, False]
     assert list(run.attempts) == [one.told_of[i] for i in (0, 1, 3)]
     assert [len(r.attempts) for r in one.told] == [0, 3]

@@ -10,7 +10,7 @@ import msgspec
 
 from assay import plugins, session, suite
 from assay.config import RunConfig, from_mapping
-from assay.contracts import Options
+from assay.contracts import Attempted, Options
 from assay.errors import UsageError
 from assay.measure.device import load_calibration
 from assay.measure.record import Case, Record
@@ -56,9 +56,17 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
         console.print(str(case), markup=False, highlight=False, style="dim")
         return RichProgress(console)
 
+    def tell(tried: Attempted) -> None:
+        params = ", ".join(f"{k}={v}" for k, v in tried.asked.case.params.items())
+        became = tried.status if tried.peak_mib is None else f"fits, {tried.peak_mib:,.1f} MiB"
+        console.print(
+            f"{tried.asked.arm.name} {params}: {became}", markup=False, highlight=False, style="dim"
+        )
+
     found = plugins.find("suites", name)
+    place = Path(folder) if folder else None
     run, paths = suite.run_suite(
-        name, found, options, Path(folder) if folder else None, where=device, resume=resume, observe=observe
+        name, found, options, place, where=device, resume=resume, observe=observe, tell=tell
     )
     out = Console()
     render_findings(run.findings, out)

@@ -38,6 +38,7 @@ RUNS = "runs"  # beside the suite's files: a folder for each run's records
 ATTEMPTS = "attempts.jsonl"  # in it: what became of every trial for size, a line each
 Observe = Callable[[Case], Observer]
 Try = Callable[[Attempt], Attempted]
+Tell = Callable[[Attempted], None]
 Step = tuple[Case, Sequence[Arm]] | Attempt
 
 
@@ -52,8 +53,11 @@ def run_suite(
     observe: Observe = lambda _case: NullObserver(),
     connect: Connect | None = None,
     try_: Try = attempt,
+    tell: Tell = lambda _tried: None,
 ) -> tuple[SuiteRun, Sequence[Path]]:
     """Measure what a suite plans, write its files and name them; `given` are options by name.
+
+    `observe` makes what is told of each case, `tell` is told of each trial.
 
     Raises UsageError, Unavailable or StoreError before anything is written. A Ctrl-C ends the run, and its
     files say what was not measured.
@@ -65,7 +69,7 @@ def run_suite(
         first = next(plan, None)  # a wrong option is told here, before anything is written
         run = SuiteRun(options=options, started=now(), folder=_records_folder(place, name, options, resume))
         suite.exports(_judged(suite, run), place)
-        run = _measure(suite, plan, first, run, observe, connect, try_, resume=resume)
+        run = _measure(suite, plan, first, run, observe, connect, try_, tell, resume=resume)
     run = _judged(suite, run)
     return run, suite.exports(run, place)
 
@@ -95,8 +99,7 @@ def exit_code(run: SuiteRun) -> int:
 
 
 def _judged(suite: Suite, run: SuiteRun) -> SuiteRun:
-    metrics = suite.metrics(run.entries, run.options)
-    return replace(run, findings=judge_kpis(suite.kpis, metrics))
+    return replace(run, findings=judge_kpis(suite.kpis, suite.metrics(run)))
 
 
 # The cases
@@ -110,6 +113,7 @@ def _measure(
     observe: Observe,
     connect: Connect | None,
     try_: Try,
+    tell: Tell,
     *,
     resume: bool,
 ) -> SuiteRun:
@@ -125,6 +129,7 @@ def _measure(
                 if tried is None:
                     tried = try_(step)
                     _note(run.folder, tried)
+                    tell(tried)
                 if tried not in attempts:
                     attempts.append(tried)
                 step = _next(plan, tried)

@@ -62,6 +62,13 @@ class OtherBlock(Checkpoint):
         return super()._counted(forward, *args, **kwargs)
 
 
+class TrickleOffloader(Offloader):
+    """Moves the first storage of a step and says of all others that they are small."""
+
+    def _stays(self, tensor: Tensor) -> str | None:
+        return super()._stays(tensor) or ("small" if self._step.candidates else None)
+
+
 class NeverEntered(Offload):
     """Holds an offloader and never enters it."""
 
@@ -74,6 +81,7 @@ class NeverEntered(Offload):
 # name -> the policy that it claims to be, how it is built, the counter whose claim it fails
 WRONG: dict[str, tuple[str, Made, str]] = {
     "UpperLimit": ("offload", _offload(offloaders.UpperLimit, min_bytes=2048), "offload_bytes_out"),
+    "Trickle": ("offload", _offload(TrickleOffloader), "offload_share"),
     "NeverEntered": ("offload", lambda module, _: NeverEntered(make(held=[module])), "offload_bytes_out"),
     "KeyedByPointer": ("offload", _offload(offloaders.KeyedByPointer), "different_tensors"),
     "NoWaits": ("offload", _offload(offloaders.NoWaits, late=True, min_bytes=1024), "different_tensors"),

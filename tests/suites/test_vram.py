@@ -149,7 +149,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def figures(run: SuiteRun) -> Figures:
-    return vram.SUITE.figures(run.entries, run.options)
+    return vram.SUITE.figures(run)
 
 
 def test_figures_are_those_of_the_records(machine: Machine) -> None:
@@ -235,6 +235,16 @@ def test_where_off_does_not_fit_every_other_policy_is_measured_alone(machine: Ma
     assert (offload.activation_mib, checkpoint.activation_mib) == (2.0, 4.0)
     assert offload.slowdown is None
     assert len(run.entries) == 3
+
+
+def test_first_policy_is_measured_alone_where_no_other_is_there(machine: Machine) -> None:
+    missing = Failure(status="unavailable", reason="policy 'offload' needs pinned memory")
+    machine.faults = {"offload": at_request(Open, missing)}
+    run = machine.run(policy="off,offload")
+    off, offload = figures(run).readings
+    assert (off.activation_mib, offload.activation_mib) == (8.0, None)
+    assert "pinned memory" in offload.reason
+    assert [len(e.arms) for e in run.entries] == [2, 1]
 
 
 def test_policy_that_is_not_installed_is_one_line_and_the_others_go_on(machine: Machine) -> None:

@@ -1,15 +1,16 @@
 """Mode `oom`: explorations against machines that are known, and one small run of the whole mode."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from assay import suite
-from assay.contracts import Arm, Attempt, Attempted, Case
+from assay.contracts import Arm, Attempt, Attempted, Case, Metric, SuiteRun
 from assay.errors import UsageError
 from assay.measure.record import Status
 from assay.suites import _vram_oom as oom
@@ -140,6 +141,48 @@ def test_one_policy_alone_is_refused() -> None:
     options = suite.resolve(SUITE, "vram", {"mode": "oom", "policy": "off"}, "cpu")
     with pytest.raises(UsageError, match="two or more"):
         next(SUITE.plan(options))
+
+
+def largest_batch(
+    per_token: Mapping[str, float], where: str = "cuda", ended: bool = True, **options: str
+) -> Metric:
+    """The KPI of a run on a device on which each policy takes so much."""
+    given = {"mode": "oom", "shape": "tiny:12", "sequence_lengths": "64", "batch_sizes": "1", **options}
+    asked = {**suite.resolve(SUITE, "vram", given, "cpu"), "device": where}
+    asked["policy"] = ",".join(per_token)
+    plan, attempts = SUITE.plan(asked), list[Attempted]()
+    question = next(plan)
+    while isinstance(question, Attempt):
+        policy = str(question.arm.options["policy"])
+        attempts.append(machine(100, per_token[policy])(question))
+        question = plan.send(attempts[-1])
+    run = SuiteRun(options=asked, attempts=attempts if ended else attempts[:3], started="2026-01-01")
+    return SUITE.metrics(run)["vram_largest_batch"]
+
+
+def test_largest_batch_is_that_of_our_policies_over_that_of_off() -> None:
+    found = largest_batch({"off": 0.25, "checkpoint": 0.01, "offload": 0.125, "auto": 0.2})
+    assert (found.value, found.reason) == (2.0, "offload: Largest batch, 64 tokens each")  # 112 and 56
+    least = largest_batch({"off": 0.25, "offload": 0.125}, sequence_lengths="64,96")
+    assert (least.value, least.reason) == (2.0, "offload: Largest batch, 64 tokens each")  # 75 / 37 the other
+
+
+@pytest.mark.parametrize(
+    ("per_token", "more", "said"),
+    [
+        ({"off": 0.25, "checkpoint": 0.1}, {}, "were not both asked for"),
+        ({"offload": 0.25, "checkpoint": 0.1}, {}, "were not both asked for"),
+        ({"off": 20.0, "offload": 0.1}, {}, "off fits nothing"),
+        ({"off": 0.25, "offload": 0.1}, {"ended": False}, "the run ended before"),
+        ({"off": 0.25, "offload": 0.1}, {"where": "cpu"}, "the host is the device"),
+    ],
+)
+def test_largest_batch_says_why_there_is_no_figure(
+    per_token: Mapping[str, float], more: Mapping[str, Any], said: str
+) -> None:
+    found = largest_batch(per_token, **more)
+    assert (found.value, found.failed) == (None, False)
+    assert said in found.reason
 
 
 @pytest.fixture

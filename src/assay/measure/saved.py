@@ -73,7 +73,12 @@ class Ledger:
     @property
     def nbytes(self) -> int:
         """Bytes of all activations, each storage counted once."""
-        return sum(saved.storage_bytes for saved in _first_of_each_storage(self.activations))
+        return self.storages_bytes(0)
+
+    def storages_bytes(self, least: int) -> int:
+        """Bytes of the activations whose storages have at least so many, each counted once."""
+        sizes = (saved.storage_bytes for saved in _first_of_each_storage(self.activations))
+        return sum(nbytes for nbytes in sizes if nbytes >= least)
 
     def by(self, what: Literal["module", "dtype", "shape"]) -> list[Share]:
         """Activations by module, dtype or shape, the largest first."""

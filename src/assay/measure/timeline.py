@@ -83,7 +83,7 @@ class _CpuTrace:
     def __init__(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ __all__ = ["AUTO", "BASELINE", "MODES", "Asked", "asked", "policy_of"]
 
 AUTO = "auto"
 BASELINE = "off"
-CPU_BUDGET_MIB = 64
+CPU_BUDGET_MIB = 48
 BLOCKS = 12  # a shape of fewer says little about many
 MODES: Mapping[str, str] = {
     "peak": "peak of a training step under each policy against off, and what it costs in time",

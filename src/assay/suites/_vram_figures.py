@@ -20,6 +20,7 @@ from assay.suites._vram_oom import Capacity
 __all__ = ["Figures", "Reading", "Slowdown"]
 
 H200 = "H200"
+OURS = ("offload", "auto")
 LONG = ("llama-8b:6", 1, 65536)  # the targets' shape, batch and length
 
 
@@ -227,6 +228,7 @@ class Figures:
             "vram_offload_step_time": self._long("offload", self._step_time),
             "vram_offload_over_save_on_cpu": self._long("offload", self._over_save_on_cpu),
             "vram_auto_over_pure": self._auto_over_pure(),
+            "vram_largest_batch": self._largest_batch(),
         }
 
     def _different(self) -> Metric:
@@ -266,6 +268,28 @@ class Figures:
             and r.activation_mib is not None and r.activation_mib <= limit
         ]  # fmt: skip
         return min(lean, key=lambda s: s.ratio, default=None)
+
+    def _largest_batch(self) -> Metric:
+        """That of our policies which goes furthest, over that of `off`: the least of all lengths."""
+        if self.asked.mode != "oom":
+            return Metric(reason="a figure of --mode oom")
+        if not self.asked.cuda:
+            return Metric(reason="on the CPU the host is the device: what is offloaded takes as much there")
+        broken = any(a.fits is None and a.status is not Status.UNAVAILABLE for a in self.attempts)
+        gains = []
+        for along in self.capacities:
+            if along[0].axis.name != "batch_size":
+                continue
+            off, ours = along[0], [one for one in along if policy_of(one.arm).startswith(OURS)]
+            if policy_of(off.arm) != BASELINE or not ours:
+                return Metric(reason="off, and offload or auto, were not both asked for")
+            best = max(ours, key=lambda one: one.largest or 0)
+            unknown = next((one.reason for one in (off, best) if one.largest is None), "")
+            if unknown or not off.largest:
+                return Metric(reason=unknown or "off fits nothing: no ratio", failed=broken and bool(unknown))
+            gains.append(((best.largest or 0) / off.largest, f"{policy_of(best.arm)}: {best.axis}"))
+        value, reason = min(gains)
+        return Metric(value=value, reason=reason)
 
     def _long(self, policy: str, figure: Callable[[Reading], Metric]) -> Metric:
         """A figure of the shape and the device that the targets speak of."""

@@ -123,9 +123,9 @@ class Phase2:
         share = launches / int(options["launches"])
         return {"launches": launches, "time_budget_s": share * int(options["time_budget"]), "rel_ci": 0.002}
 
-    def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]:
+    def metrics(self, run: SuiteRun) -> Mapping[str, Metric]:
         """Every KPI's figure: of the sizes that it speaks of, or None and the reason."""
-        return self.figures(entries, options).metrics(_on_cuda(options))
+        return self.figures(run.entries, run.options).metrics(_on_cuda(run.options))
 
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
         """The seven JSON files and the report, Markdown and HTML: docs/phase2.md."""

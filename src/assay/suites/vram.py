@@ -15,9 +15,7 @@ from assay.contracts import (
     KPI,
     Arm,
     Attempt,
-    Attempted,
     Case,
-    Entry,
     Metric,
     Option,
     Options,
@@ -66,6 +64,13 @@ KPIS = (
         unit="x",
         when="time of auto over the quickest pure policy that is as lean, lower end, CUDA",
     ),
+    KPI(
+        metric="vram_largest_batch",
+        comparison=">=",
+        threshold=2.0,
+        unit="x",
+        when="mode oom: largest batch with offload or auto over that with off, CUDA",
+    ),
 )
 
 
@@ -105,7 +110,7 @@ class Vram:
         ),
         "memory_budget_mib": Option(
             default=0,
-            help="of mode oom: what a step may take, MiB; 0: what the device has, 64 on the CPU",
+            help="of mode oom: what a step may take, MiB; 0: what the device has, 48 on the CPU",
             minimum=0,
         ),
         "launches": Option(default=1, help="fresh pairs of processes on CUDA", minimum=1),
@@ -114,7 +119,7 @@ class Vram:
     kpis = KPIS
 
     def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]] | Attempt, Any, None]:
-        """Every case with all its policies; each policy alone where the first does not fit."""
+        """Every case with all its policies; alone those that had no partner: it does not fit, or is not here."""
         found = asked(options)
         if found.mode == "oom":
             from assay.suites import _vram_oom as oom
@@ -123,9 +128,9 @@ class Vram:
             return
         for case in found.cases:
             records = yield case, found.arms
-            baseline = [r for r in records if r.arm.name == found.arms[0].name]
-            if any(r.status is Status.OUT_OF_MEMORY for r in baseline):
-                for arm in found.arms[1:]:
+            for arm in found.arms:
+                own = {r.status for r in records if r.arm.name == arm.name}
+                if own == {Status.PARTNER_FAILED}:
                     yield case, (arm,)
 
     def settings(self, case: Case, options: Options) -> Mapping[str, Any]:
@@ -151,31 +156,29 @@ class Vram:
             **(sampled if timed else {"benchmark_steps": 1}),
         }
 
-    def metrics(self, entries: Sequence[Entry], options: Options) -> Mapping[str, Metric]:
+    def metrics(self, run: SuiteRun) -> Mapping[str, Metric]:
         """Every KPI's figure: of this run, or None and the reason."""
-        return self.figures(entries, options).metrics()
+        return self.figures(run).metrics()
 
     def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
         """JSON, Markdown and a page of the mode: docs/vram.md."""
         from assay.suites import _vram_files as files
 
-        return files.write(run, self.figures(run.entries, run.options, run.attempts), folder)
+        return files.write(run, self.figures(run), folder)
 
     def printed(self, run: SuiteRun) -> str:
         """The mode's tables and the recommendation, for a terminal."""
         from assay.report.suite import render_sections
         from assay.suites import _vram_files as files
 
-        figures = self.figures(run.entries, run.options, run.attempts)
+        figures = self.figures(run)
         return "\n\n".join(filter(None, [render_sections(files.sections(figures)), figures.recommendation()]))
 
-    def figures(
-        self, entries: Sequence[Entry], options: Options, attempts: Sequence[Attempted] = ()
-    ) -> Figures:
-        """What the entries of a run say. Imported here: listing suites waits for no statistics."""
+    def figures(self, run: SuiteRun) -> Figures:
+        """What a run says. Imported here: listing suites waits for no statistics."""
         from assay.suites._vram_figures import Figures
 
-        return Figures(entries, asked(options), int(options["launches"]), attempts)
+        return Figures(run.entries, asked(run.options), int(run.options["launches"]), run.attempts)
 
 
 SUITE = Vram()

@@ -18,6 +18,7 @@ __all__ = ["VARIANT"]
 
 MIB = 2**20
 AUTO = "auto"
+LEAST_SHARE = 0.5  # of the saved bytes in storages of min_bytes or more: what offloading must move
 BASES = ("sdpa", "fused", "liger", "hf", "hf-liger")
 OPTIONS = {
     "policy": Option(
@@ -122,7 +123,7 @@ def claims(case: Case, options: Options) -> Sequence[Claim]:
         found = list(decoder_claims(case, parts(case, base)))
     if policy == "off":
         return found
-    return [*found, *_effect(case, policy), *_LOSSLESS]
+    return [*found, *_effect(case, policy, int(given["skip_last"])), *_LOSSLESS]
 
 
 _LOSSLESS = (
@@ -138,7 +139,7 @@ _LOSSLESS = (
 )
 
 
-def _effect(case: Case, policy: str) -> list[Claim]:
+def _effect(case: Case, policy: str, skip_last: int) -> list[Claim]:
     """What must be seen of a policy: one that moved or recomputed nothing is no policy."""
     found: list[Claim] = []
     if policy in ("offload", "auto"):
@@ -160,6 +161,9 @@ def _effect(case: Case, policy: str) -> list[Claim]:
     if policy == "offload":
         why = "activations left"
         found += [Claim(counter="offload_bytes_out", comparison=">", value=0, why=why, timed=True)]
+        if not skip_last:
+            why = "most of what is saved and large enough left"
+            found += [Claim(counter="offload_share", comparison=">=", value=LEAST_SHARE, why=why)]
     elif policy == "auto":
         why = "blocks were recomputed, or activations left"
         found += [Claim(counter="plan_effects", comparison=">", value=0, why=why, timed=True)]

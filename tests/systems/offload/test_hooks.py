@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import random
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -317,6 +319,67 @@ def test_generator_left_unfinished(model: nn.Module, offload: Offloader) -> None
             del running
             gc.collect()
     _assert_works(model, offload)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def test_storages_come_and_go_while_everything_goes_wrong(offload: Offloader) -> None:
+    """Memory of the very sizes that are saved is freed and taken again in forward and in backward, while
+    steps fail in either, are dropped, nested, or left in generators: gradients stay right and nothing leaks.
+    """
+    model, draw, another = mlp(layers=6), random.Random(0), make(max_inflight_bytes=0)
+    leaves, left = list(model.parameters()), deque[Any](maxlen=2)
+    want = [gradients(lambda s=s: _loss(model, None, s), leaves) for s in range(3)]  # type: ignore[misc]
+
+    def churn(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        def waste(*_: object) -> None:
+            held = [torch.full((16, n), torch.nan) for n in (32, 64, 32, 64)]
+            del held[draw.randrange(4)]
+
+        waste()
+        if output.requires_grad:
+            output.register_hook(waste)
+
+    def failing(where: str) -> None:
+        block = model[draw.randrange(1, 6)]
+        hook = block.register_forward_hook if where == "forward" else block.register_full_backward_hook
+        handle = hook(lambda *_: 1 / 0)
+        try:
+            with pytest.raises(ZeroDivisionError), another if draw.random() < 0.5 else nullcontext():
+                _loss(model, offload).backward()
+        finally:
+            handle.remove()
+
+    def unfinished() -> Iterator[Tensor]:
+        with offload:
+            yield _loss(model, another)
+            yield _loss(model, None)
+
+    for block in model:
+        for module in block:
+            module.register_forward_hook(churn)
+    grown = []
+    for _ in range(30):
+        match draw.randrange(5):
+            case 0:
+                failing("forward")
+            case 1:
+                failing("backward")
+            case 2:
+                left.append(_loss(model, offload))  # its backward never runs
+            case 3:
+                running = unfinished()
+                next(running).backward()
+                running.close()
+            case _:
+                left.clear()
+        seed = draw.randrange(3)
+        with draw.choice([nullcontext, lambda: another, lambda: offload])():
+            assert same(gradients(lambda s=seed: _loss(model, offload, s), leaves), want[seed])  # type: ignore[misc]
+        grown.append(offload.statistics.pool_bytes)
+    left.clear()
+    _assert_empty(offload)
+    _assert_empty(another)
+    assert max(grown) == max(grown[:15])  # host memory is reused, whatever went before
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 

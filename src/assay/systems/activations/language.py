@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from assay.errors import UsageError
 from assay.measure.record import Scalar, Work
-from assay.systems.activations.policies import Policy
+from assay.measure.saved import Ledger, saved_tensors
+from assay.systems.activations.policies import Offload, Policy
 from assay.systems.decoder.adapter import ModuleLM
 
 __all__ = ["PolicyLM", "blocks_of"]
@@ -92,7 +93,7 @@ class PolicyLM:
         return {**self._inner.proof(), **self._policy.counters(), **self._found}
 
     def differing(self, batch: int, length: int) -> dict[str, Scalar]:
-        """Steps on one input: without the policy, again without it, and with it.
+        """Steps on one input: without the policy, again without it, and with it, after one on another input.
 
         `different_tensors` counts the loss and the gradients that depart further than SCATTER times what the
         baseline departs from itself: of `reproduced_tensors`, where it departs by nothing, every one that is
@@ -110,12 +111,15 @@ class PolicyLM:
 
     def _differing(self, batch: int, length: int) -> dict[str, Scalar]:
         generator = torch.Generator().manual_seed(batch * length)
-        ids_BT = torch.randint(self.vocab_size, (batch, length), generator=generator)
-        ids_BT = ids_BT.to(next(iter(self.state().values())).device)
+        both = torch.randint(self.vocab_size, (2, batch, length), generator=generator)
+        ids_BT, others_BT = both.to(next(iter(self.state().values())).device)
         with _deterministic():
-            first = {name: t.clone() for name, t in self._answers(ids_BT, Policy()).items()}
+            with saved_tensors() as ledger:
+                first = {name: t.clone() for name, t in self._answers(ids_BT, Policy()).items()}
             own = [self._departures(first, ids_BT, Policy()) for _ in range(REPEATS)]
             limit = {name: SCATTER * max(d[name] for d in own) for name in first}
+            self._answers(others_BT, self._policy)  # what it keeps of one step must not come back in the next
+            before = self._bytes_out()
             found = self._departures(first, ids_BT, self._policy)
         self.zero_grad()
         # not `>`: a NaN is no agreement
@@ -126,8 +130,19 @@ class PolicyLM:
             "different_tensors": len(different),
             "compared_batch": batch,
             "compared_length": length,
+            **self._share_out(ledger, self._bytes_out() - before),
             **({"first_different": different[0]} if different else {}),
         }
+
+    def _bytes_out(self) -> int:
+        return int(self._policy.counters().get("offload_bytes_out", 0))
+
+    def _share_out(self, ledger: Ledger, bytes_out: int) -> dict[str, Scalar]:
+        """Of an offloader: the share of the storages large enough that left, as the ledger counts them."""
+        if not isinstance(self._policy, Offload):
+            return {}
+        may_leave = ledger.storages_bytes(self._policy.offloader.options.min_bytes)
+        return {"offload_share": bytes_out / may_leave if may_leave else 0.0}
 
     def _departures(self, first: Mapping[str, Tensor], ids_BT: Tensor, policy: Policy) -> dict[str, float]:
         """L2 distance of the loss and of every gradient from the first answers; 0 only where bits agree."""
