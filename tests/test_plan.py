@@ -96,7 +96,10 @@ def test_builders_file_is_looked_for_in_the_arms_own_folder(
 @pytest.mark.parametrize(
     ("arm", "said"),
     [
-        ("egaer", "unknown variant 'egaer'; expected one of activations, compile, cudnn, eager, flash, fused, hf"),
+        (
+            "egaer",
+            "unknown variant 'egaer'; expected one of activations, compile, cudnn, eager, flash, fused, hf",
+        ),
         (
             "fused[compil=false]",
             "has no option 'compil'; expected one of compile_mode, attention, norm",
