@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from assay.systems.activations.policies import Checkpoint, Hooks, Offload, Policy
+from assay.systems.activations.policies import Auto, Checkpoint, Hooks, Offload, Policy
+from assay.systems.offload import PlannedOffloader
 from assay.systems.offload.hooks import Offloader
 from tests.mutants import offload as offloaders
 from tests.systems.offload.helpers import LateDevice, make
 
-__all__ = ["WRONG"]
+__all__ = ["RIGHT_AUTO", "WRONG"]
 
 Made = Callable[[nn.Module, list[nn.Module]], Policy]
 
@@ -69,6 +71,29 @@ class TrickleOffloader(Offloader):
         return super()._stays(tensor) or ("small" if self._step.candidates else None)
 
 
+class NothingOfThePlanLeaves(Auto):
+    """Recomputes what the plan says, and lets nothing leave."""
+
+    def _plan(self, ids_BT: Tensor) -> PlannedOffloader:
+        planned = super()._plan(ids_BT)
+        planned.offloader.options = replace(planned.offloader.options, policy=lambda _candidate: False)
+        return planned
+
+
+def _auto(kind: type[Auto]) -> Made:
+    """Under the leanest plan, which recomputes and offloads."""
+
+    def build(module: nn.Module, blocks: list[nn.Module]) -> Policy:
+        def loss(ids_BT: Tensor) -> Tensor:
+            found: Tensor = module(ids_BT, labels=ids_BT).loss
+            return found
+
+        common: dict[str, Any] = {"device": "cpu", "min_bytes": 1024, "pin": False}
+        return kind(module, blocks, loss, size=(2, 16), share=0.01, target_mib=None, **common)
+
+    return build
+
+
 class NeverEntered(Offload):
     """Holds an offloader and never enters it."""
 
@@ -82,6 +107,7 @@ class NeverEntered(Offload):
 WRONG: dict[str, tuple[str, Made, str]] = {
     "UpperLimit": ("offload", _offload(offloaders.UpperLimit, min_bytes=2048), "offload_bytes_out"),
     "Trickle": ("offload", _offload(TrickleOffloader), "offload_share"),
+    "NothingOfThePlanLeaves": ("auto", _auto(NothingOfThePlanLeaves), "plan_share"),
     "NeverEntered": ("offload", lambda module, _: NeverEntered(make(held=[module])), "offload_bytes_out"),
     "KeyedByPointer": ("offload", _offload(offloaders.KeyedByPointer), "different_tensors"),
     "NoWaits": ("offload", _offload(offloaders.NoWaits, late=True, min_bytes=1024), "different_tensors"),
@@ -103,3 +129,5 @@ WRONG: dict[str, tuple[str, Made, str]] = {
     ),
     "OtherBlock": ("checkpoint", lambda _, blocks: OtherBlock(blocks), "different_tensors"),
 }
+
+RIGHT_AUTO: Made = _auto(Auto)

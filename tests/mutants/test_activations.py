@@ -13,13 +13,14 @@ from assay.systems.activations.policies import Checkpoint, Offload
 from assay.systems.decoder.adapter import ModuleLM
 from assay.systems.decoder.build import build_decoder
 from assay.systems.decoder.parts import Parts
-from tests.mutants.activations import WRONG, Made
+from tests.mutants.activations import RIGHT_AUTO, WRONG, Made
 from tests.systems.offload.helpers import make
 
 CASE = Case(workload="train", params={"shape": "tiny", "batch_size": 2, "seq_length": 16})
 RIGHT: dict[str, Made] = {
     "offload": lambda module, _: Offload(make(held=[module], max_inflight_bytes=4096, min_bytes=1024)),
     "checkpoint": lambda _, blocks: Checkpoint(blocks),
+    "auto": RIGHT_AUTO,
 }
 
 

@@ -18,7 +18,7 @@ __all__ = ["VARIANT"]
 
 MIB = 2**20
 AUTO = "auto"
-LEAST_SHARE = 0.5  # of the saved bytes in storages of min_bytes or more: what offloading must move
+LEAST_SHARE = 0.5  # of what there is to do: saved bytes in storages of min_bytes or more, or those of a plan
 BASES = ("sdpa", "fused", "liger", "hf", "hf-liger")
 OPTIONS = {
     "policy": Option(
@@ -167,6 +167,8 @@ def _effect(case: Case, policy: str, skip_last: int) -> list[Claim]:
     elif policy == "auto":
         why = "blocks were recomputed, or activations left"
         found += [Claim(counter="plan_effects", comparison=">", value=0, why=why, timed=True)]
+        why = "most of what the plan says was done: bytes out, and blocks recomputed"
+        found += [Claim(counter="plan_share", comparison=">=", value=LEAST_SHARE, why=why)]
     elif policy == "checkpoint":
         layers = resolve(str(case.params["shape"])).config.num_hidden_layers
         why = "every block is computed again in every backward"

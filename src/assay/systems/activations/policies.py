@@ -165,12 +165,13 @@ class Auto(Policy):
         self._pin = pin
         self._planned: dict[tuple[int, ...], tuple[PlannedOffloader, Offload]] = {}
         self._targets: dict[tuple[int, ...], int] = {}
-        self._recomputed = 0
+        self._now: tuple[int, ...] = ()
+        self._recomputed: Counter[tuple[int, ...]] = Counter()  # blocks, by the size of the step
         for block in blocks:
             block.forward = partial(self._counted, block.forward)
 
     def _counted(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._recomputed += torch._C._current_graph_task_id() != -1
+        self._recomputed[self._now] += torch._C._current_graph_task_id() != -1
         return forward(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -179,6 +180,7 @@ class Auto(Policy):
         if size not in self._planned:
             planned = self._plan(held[0])
             self._planned[size] = planned, Offload(planned.offloader, planned)
+        self._now = size
         with self._planned[size][1].around(*held):
             yield
 
@@ -222,7 +224,12 @@ class Auto(Policy):
         if self._size not in self._planned:
             return {}
         planned, offload = self._planned[self._size]
-        plan, moved = planned.plan, offload.counters()
+        plan, moved, recomputed = planned.plan, offload.counters(), self._recomputed[self._size]
+        bytes_out, steps = int(moved["offload_bytes_out"]), int(moved["offload_steps"])
+        asked = (
+            (bytes_out, plan.predicted.bytes_out * steps),
+            (recomputed, sum(choice.recomputes for choice in plan.choices) * steps),
+        )
         did = Counter(str(choice).replace(" ", "_") for choice in plan.choices)
         return {
             **moved,
@@ -232,8 +239,9 @@ class Auto(Policy):
             "plan_peak_mib": plan.predicted.peak_bytes / MIB,
             "plan_step_ms": plan.predicted.step_ms,
             "plan_exposed_ms": plan.predicted.exposed_ms,
-            "recomputed_blocks": self._recomputed,
-            "plan_effects": int(moved["offload_bytes_out"]) + self._recomputed,
+            "recomputed_blocks": recomputed,
+            "plan_effects": bytes_out + recomputed,
+            "plan_share": min((did / wanted for did, wanted in asked if wanted), default=1.0),
         }
 
 
