@@ -49,8 +49,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "alone": CORE,
     "config": ("errors", "measure.record"),
     "systems": BENCH,
-    # a decoder of the bench under any policy, the offloader's among them
-    "systems.activations": (*BENCH, "systems.decoder", "systems.offload"),
+    # a decoder of the bench under any policy, the offloader's among them, held against the ledger
+    "systems.activations": (*BENCH, "measure.saved", "systems.decoder", "systems.offload"),
     "systems.c2c": (*BENCH, "systems.decoder"),
     "lazy": (),
     "systems.offload": ("errors", "lazy"),  # for any training step: it knows neither bench nor model

@@ -119,7 +119,7 @@ class Vram:
     kpis = KPIS
 
     def plan(self, options: Options) -> Generator[tuple[Case, Sequence[Arm]] | Attempt, Any, None]:
-        """Every case with all its policies; alone those that had no partner: it does not fit, or is not here."""
+        """Every case with all its policies; those that were left without a partner, alone."""
         found = asked(options)
         if found.mode == "oom":
             from assay.suites import _vram_oom as oom
