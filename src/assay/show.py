@@ -59,9 +59,8 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
     def tell(tried: Attempted) -> None:
         params = ", ".join(f"{k}={v}" for k, v in tried.asked.case.params.items())
         became = tried.status if tried.peak_mib is None else f"fits, {tried.peak_mib:,.1f} MiB"
-        console.print(
-            f"{tried.asked.arm.name} {params}: {became}", markup=False, highlight=False, style="dim"
-        )
+        line = f"{tried.asked.arm.name} {params}: {became}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True, style="dim")
 
     found = plugins.find("suites", name)
     place = Path(folder) if folder else None

@@ -44,6 +44,7 @@ def test_views_of_one_storage_count_once() -> None:
     assert len(views) == 2
     assert len({s.storage for s in views}) == 1
     assert ledger.nbytes == 400 + 200
+    assert (ledger.storages_bytes(200), ledger.storages_bytes(201)) == (600, 400)
     kept.backward()
 
 

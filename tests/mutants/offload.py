@@ -1,6 +1,7 @@
 """Wrong offloaders, each with one fault of the system that this one replaces, or of its neighbours.
 
-The sixth fault of that system was its suite's: a search for memory's end that stopped at the first failure.
+The sixth fault of that system was its suite's: a search for memory's end that stopped at the first failure
+and divided by zero. tests/suites/test_vram_oom.py and tests/measure/test_capacity.py try the search on that.
 """
 
 from __future__ import annotations

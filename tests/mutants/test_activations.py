@@ -45,7 +45,8 @@ def disproved(policy: str, built: Made) -> list[str]:
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_policy_fails_the_claim_that_its_name_is_beside(name: str) -> None:
     policy, built, counter = WRONG[name]
-    assert any(counter in line for line in disproved(policy, built)), name
+    tries = 5  # which addresses come again is the allocator's to say: a pointer as a key may go well once
+    assert any(counter in line for _ in range(tries) for line in disproved(policy, built)), name
 
 
 @pytest.mark.parametrize("policy", RIGHT)

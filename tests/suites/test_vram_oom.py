@@ -90,6 +90,7 @@ def test_a_size_that_the_shape_cannot_have_is_never_tried() -> None:
 
 
 def test_where_nothing_fits_there_is_a_reason_and_no_division() -> None:
+    """Fault 6, its second half."""
     nothing, _ = explored(machine(2000, 1))
     assert (nothing.largest, nothing.smallest_failing, nothing.unpredicted) == (0, 1, "nothing fits")
     some, _ = explored(machine(100, 0.25), arm=OFFLOAD)
@@ -100,7 +101,7 @@ def test_where_nothing_fits_there_is_a_reason_and_no_division() -> None:
 
 
 def test_a_failure_on_the_way_does_not_end_the_search() -> None:
-    """Too few probes fit for a prediction, and still the limit is found."""
+    """Fault 6: too few probes fit for a prediction, and still the limit is found."""
     found, _ = explored(machine(100, 5))
     assert (found.largest, found.smallest_failing) == (2, 3)
     assert "too few probes" in found.unpredicted

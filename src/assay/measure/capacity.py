@@ -105,9 +105,8 @@ class PeakModel:
     freedom: int  # probes less coefficients
     lengths: tuple[int, ...]
     confidence: float
-    _inverse: tuple[FloatArray, ...] = field(
-        compare=False
-    )  # of each phase's normal matrix: how far a size is from its probes
+    # of each phase's normal matrix: how far a size is from its probes
+    _inverse: tuple[FloatArray, ...] = field(compare=False)
     _quadratic: bool
 
     def peak(self, batch: int, length: int) -> Peak:

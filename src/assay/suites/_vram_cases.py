@@ -11,9 +11,10 @@ from assay.errors import UsageError, nearest
 from assay.systems.activations import CUDA_ONLY, POLICIES
 from assay.systems.decoder.shapes import check_params, resolve
 
-__all__ = ["AUTO", "BASELINE", "MODES", "Asked", "asked", "policy_of"]
+__all__ = ["ALL", "AUTO", "BASELINE", "MODES", "Asked", "asked", "policy_of"]
 
 AUTO = "auto"
+ALL = "all"  # policies; `auto` is one of them
 BASELINE = "off"
 CPU_BUDGET_MIB = 48
 BLOCKS = 12  # a shape of fewer says little about many
@@ -127,7 +128,7 @@ def _sizes(flag: str, text: str) -> tuple[int, ...]:
 
 def _policies(text: str, mode: str, *, cuda: bool) -> tuple[str, ...]:
     """The policies asked for, `off` first; by default those that this machine can try."""
-    if text == AUTO:
+    if text == ALL:
         names: Sequence[str] = [name for name in POLICIES if _at_hand(name, cuda=cuda)]
         names = [BASELINE] if mode == "compare" else names
         if mode == "oom" and not cuda:  # to plan, it keeps everything once, and there that counts

@@ -22,7 +22,7 @@ from assay.contracts import (
     SuiteRun,
 )
 from assay.measure.record import Status
-from assay.suites._vram_cases import AUTO, MODES, asked
+from assay.suites._vram_cases import ALL, AUTO, MODES, asked
 from assay.systems.activations import POLICIES
 
 if TYPE_CHECKING:
@@ -85,18 +85,18 @@ class Vram:
             default="peak", help="; ".join(f"{k}: {v}" for k, v in MODES.items()), choices=tuple(MODES)
         ),
         "batch_sizes": Option(
-            default=AUTO, help="separated by commas; auto: 16,32,40 on CUDA, 4,8 on the CPU"
+            default=AUTO, help="separated by commas; auto: 16,32,40 on CUDA, 4,8 on the CPU; of oom 1 and 16"
         ),
         "sequence_lengths": Option(
-            default=AUTO, help="separated by commas; auto: 512 on CUDA, 32 on the CPU"
+            default=AUTO, help="separated by commas; auto: 512 on CUDA, 32 on the CPU, of oom 64 there"
         ),
         "shape": Option(
             default=AUTO,
             help="a decoder's; NAME:LAYERS has so many layers. auto: llama-1b on CUDA, tiny:12 elsewhere",
         ),
         "policy": Option(
-            default=AUTO,
-            help=f"of {', '.join(POLICIES)}, separated by commas; auto: all that this machine can try",
+            default=ALL,
+            help=f"of {', '.join(POLICIES)}, separated by commas; all: those that this machine can try",
         ),
         "base": Option(
             default=AUTO,

@@ -93,7 +93,7 @@ class PolicyLM:
         return {**self._inner.proof(), **self._policy.counters(), **self._found}
 
     def differing(self, batch: int, length: int) -> dict[str, Scalar]:
-        """Steps on one input: without the policy, again without it, and with it, after one on another input.
+        """Steps on one input: without the policy, again without it, and with it, each after one on another.
 
         `different_tensors` counts the loss and the gradients that depart further than SCATTER times what the
         baseline departs from itself: of `reproduced_tensors`, where it departs by nothing, every one that is
@@ -118,12 +118,14 @@ class PolicyLM:
                 first = {name: t.clone() for name, t in self._answers(ids_BT, Policy()).items()}
             own = [self._departures(first, ids_BT, Policy()) for _ in range(REPEATS)]
             limit = {name: SCATTER * max(d[name] for d in own) for name in first}
-            self._answers(others_BT, self._policy)  # what it keeps of one step must not come back in the next
-            before = self._bytes_out()
-            found = self._departures(first, ids_BT, self._policy)
+            different: dict[str, None] = {}  # in order
+            for _ in range(REPEATS):
+                self._answers(others_BT, self._policy)  # what it keeps of one step must not come in the next
+                before = self._bytes_out()
+                found = self._departures(first, ids_BT, self._policy)
+                # not `>`: a NaN is no agreement
+                different |= {name: None for name, d in found.items() if not d <= limit[name]}
         self.zero_grad()
-        # not `>`: a NaN is no agreement
-        different = [name for name, d in found.items() if not d <= limit[name]]
         return {
             "compared_tensors": len(first),
             "reproduced_tensors": sum(bound == 0 for bound in limit.values()),
@@ -131,7 +133,7 @@ class PolicyLM:
             "compared_batch": batch,
             "compared_length": length,
             **self._share_out(ledger, self._bytes_out() - before),
-            **({"first_different": different[0]} if different else {}),
+            **({"first_different": next(iter(different))} if different else {}),
         }
 
     def _bytes_out(self) -> int:
