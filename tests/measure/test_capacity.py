@@ -9,7 +9,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.measure import capacity
-from assay.measure.capacity import Answer, Phase, Probe, fit, improvement_percent, largest
+from assay.measure.capacity import MOST, Answer, Bound, Phase, Probe, fit, improvement_percent, largest
 
 MIB = 2**20
 BATCHES = (1, 2, 3, 4, 6, 8)
@@ -194,3 +194,9 @@ def test_a_search_without_answers_ends() -> None:
 def test_a_search_refuses_a_start_outside_its_range() -> None:
     with pytest.raises(UsageError, match="got 0"):
         search(3, start=0)
+
+
+def test_bound_ends_where_nothing_larger_may_be_asked_for() -> None:
+    assert Bound(11, 5, None).upto(64) == Bound(11, 5, 64)
+    assert Bound(None, 80, None).upto(64) == Bound(64, 64, 64)
+    assert Bound(11, 5, None).upto(MOST) == Bound(11, 5, None), "no limit is no bound"

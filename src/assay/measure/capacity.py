@@ -27,6 +27,7 @@ from assay.errors import UsageError
 from assay.measure.stats import student_quantile
 
 __all__ = [
+    "MOST",
     "Answer",
     "Bound",
     "Found",
@@ -78,6 +79,8 @@ class Bound:
 
     def upto(self, most: int) -> Bound:
         """The same where nothing larger than `most` may be asked for."""
+        if most >= MOST:
+            return self
         size, high = (most if end is None else min(end, most) for end in (self.size, self.high))
         return Bound(size, min(self.low, most), high)
 

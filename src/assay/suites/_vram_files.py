@@ -92,7 +92,7 @@ class Column:
     digits: str = ""  # a format; empty for words
 
 
-_SIZE = [Column("batch", "batch"), Column("tokens", "length"), Column("policy", "policy")]
+_SIZE = [Column("policy", "policy"), Column("batch", "batch"), Column("tokens", "length")]
 _MODE_COLUMNS = {
     "oom": [
         *_SIZE,
@@ -140,8 +140,12 @@ def sections(figures: Figures) -> list[Section]:
 def _policies(figures: Figures) -> Section:
     from assay.report.suite import Section
 
-    columns = _MODE_COLUMNS[figures.asked.mode]
     rows = [row(figures, reading) for reading in figures.readings]
+    columns = [  # a figure that no policy has here needs no column
+        column
+        for column in _MODE_COLUMNS[figures.asked.mode]
+        if not column.digits or any(found[column.key] is not None for found in rows)
+    ]
     source = next((t.source for r in figures.readings if (t := _timeline(r))), "")
     return Section(
         anchor="policies",

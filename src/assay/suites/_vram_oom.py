@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from assay.contracts import Arm, Attempt, Attempted, Case
 from assay.errors import UsageError
-from assay.measure.capacity import Answer, Bound, Peak, PeakModel, Probe, fit, improvement_percent, largest
+from assay.measure.capacity import (
+    MOST,
+    Answer,
+    Bound,
+    Peak,
+    PeakModel,
+    Probe,
+    fit,
+    improvement_percent,
+    largest,
+)
 from assay.measure.record import Status
 from assay.suites._vram_cases import Asked, policy_of
 from assay.systems.decoder.shapes import resolve
@@ -48,7 +58,7 @@ class Axis:
     name: str
     fixed: int
     unit: int = 1
-    most: int = 2**40
+    most: int = MOST
 
     def shape(self, size: int) -> tuple[int, int]:
         """Batch and length at a size."""
