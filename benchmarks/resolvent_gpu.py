@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -79,19 +80,20 @@ def made(job: Job) -> str:
     return ""
 
 
-def compile_all(jobs: list[Job]) -> None:
+def compile_all(jobs: list[Job]) -> int:
+    """Run each once, in processes; how many failed."""
     if DEVICE == "cpu":
-        return
+        return 0
     begun = time.perf_counter()
     workers = min(len(jobs), max(1, (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for failure in pool.map(made, jobs):
-            if failure:
-                print(failure)
+        failures = [failure for failure in pool.map(made, jobs) if failure]
+    print("\n".join(failures))
     print(
         f"compiled {len(jobs)} kernels by {workers} processes: {time.perf_counter() - begun:.0f} s",
         flush=True,
     )
+    return len(failures)
 
 
 def us(call: Callable[[], Any], calls: int = CALLS, samples: int = 15) -> float:
@@ -240,7 +242,7 @@ def tune(rows: int, N: int, blocks: list[kernels.Block], *, shared: bool, backwa
         print(f"{took:9.2f} us  {block}", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--quick", action="store_true", help="without torch.compile's arm")
@@ -264,8 +266,8 @@ def main() -> None:
         for back in (False, True):
             tune(*few, backward if back else forward, shared=True, backward=back)
             tune(*many, backward if back else forward, shared=False, backward=back)
-        return
-    compile_all(
+        return 0  # a block that asks for too much is no failure
+    failed = compile_all(
         [Job(total // N, N, shared=False, keep=False, backward=False, block=None) for N in lengths]
         + [
             Job(*shape, shared, keep=True, backward=True, block=None)
@@ -276,7 +278,8 @@ def main() -> None:
     many_rows(*many)
     scaling(total, lengths)
     accuracy(2 if chosen.toy else 100, few[1], chosen.quick)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

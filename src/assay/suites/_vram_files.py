@@ -93,15 +93,13 @@ class Column:
 
 
 _SIZE = [Column("policy", "policy"), Column("batch", "batch"), Column("tokens", "length")]
+_COST = [
+    Column("step ms", "step_ms", ",.2f"),
+    Column("over off", "step_time"),
+    Column("exposed ms", "exposed_ms", ",.2f"),
+]
 _MODE_COLUMNS = {
-    "oom": [
-        *_SIZE,
-        Column("peak MiB", "peak_mib", ",.1f"),
-        Column("step ms", "step_ms", ",.2f"),
-        Column("over off", "step_time"),
-        Column("exposed ms", "exposed_ms", ",.2f"),
-        Column("status", "reason"),
-    ],
+    "oom": [*_SIZE, Column("peak MiB", "peak_mib", ",.1f"), *_COST, Column("status", "reason")],
     "peak": [
         *_SIZE,
         Column("peak MiB", "peak_mib", ",.1f"),
@@ -109,9 +107,7 @@ _MODE_COLUMNS = {
         Column("less", "activation_reduction", ".1%"),
         Column("after forward MiB", "after_forward_mib", ",.1f"),
         Column("less", "forward_saving", ".1%"),
-        Column("step ms", "step_ms", ",.2f"),
-        Column("over off", "step_time"),
-        Column("exposed ms", "exposed_ms", ",.2f"),
+        *_COST,
         Column("planned MiB", "planned_peak_mib", ",.1f"),
         Column("planned ms", "planned_step_ms", ",.2f"),
         Column("status", "reason"),

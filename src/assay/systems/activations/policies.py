@@ -142,8 +142,9 @@ class Auto(Policy):
     The target is `target_mib` above what is allocated before the step, or else `share` of the activation
     peak, which is the peak of a step that keeps everything without the gradients that it leaves. `loss` is
     that of the model on (B, T) token ids. Where a step that keeps everything does not fit, one of half the
-    batch is measured. Where no plan meets the target it is the leanest, and `plan_meets_target` is 0. `size`
-    is the one that is timed; gates and proofs may run at others, each with a plan of its own.
+    batch is measured. Where no plan meets the target it is the leanest: `plan_peak_mib` is then above
+    `plan_target_mib`. `size` is the one that is timed; gates and proofs may run at others, each with a plan
+    of its own.
     """
 
     def __init__(
@@ -235,7 +236,6 @@ class Auto(Policy):
             **moved,
             **{f"plan_blocks.{choice}": n for choice, n in did.items()},
             "plan_target_mib": self._targets[self._size] / MIB,
-            "plan_meets_target": int(plan.predicted.peak_bytes <= self._targets[self._size]),
             "plan_peak_mib": plan.predicted.peak_bytes / MIB,
             "plan_step_ms": plan.predicted.step_ms,
             "plan_exposed_ms": plan.predicted.exposed_ms,
