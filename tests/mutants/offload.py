@@ -26,12 +26,12 @@ __all__ = [
 class KeyedByPointer(Offloader):
     """A cache by storage pointer, shape and stride that outlives the storage."""
 
-    def _shared(self, tensor: Tensor) -> Entry | None:
+    def _shared(self, tensor: Tensor, start: int, end: int) -> Entry | None:
         cache: dict[object, Entry] = self.__dict__.setdefault("cache", {})
         return cache.get((tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride()))
 
-    def _new_entry(self, tensor: Tensor) -> Entry | None:
-        entry = super()._new_entry(tensor)
+    def _new_entry(self, tensor: Tensor, start: int, end: int) -> Entry | None:
+        entry = super()._new_entry(tensor, start, end)
         if entry:
             key = (tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride())
             self.__dict__["cache"][key] = entry
@@ -69,7 +69,7 @@ class UpperLimit(Offloader):
 class EveryViewCopied(Offloader):
     """Does not see that a storage has left already."""
 
-    def _shared(self, tensor: Tensor) -> Entry | None:
+    def _shared(self, tensor: Tensor, start: int, end: int) -> Entry | None:
         return None
 
 

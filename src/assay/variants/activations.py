@@ -37,7 +37,9 @@ OPTIONS = {
         default=0, help="of auto, in place of the share: the most above what is allocated before a step"
     ),
     "min_bytes": Option(default=AUTO, help="of offload_activations; auto: 1 MiB on CUDA, 1 KiB on the CPU"),
-    "max_inflight_mib": Option(default=AUTO, help="of offload_activations; auto: 1024 on CUDA, 1 on the CPU"),
+    "max_inflight_mib": Option(
+        default=AUTO, help="of offload_activations; auto: its own on CUDA, 1 on the CPU"
+    ),
     "skip_last": Option(default=0, help="of offload_activations", minimum=0),
     "prefetch": Option(default=True, help="of offload_activations", choices=(False, True)),
     "threads": Option(default=0, help="of torch on the CPU; 0: as torch has it", minimum=0),
@@ -102,11 +104,11 @@ def _offloading(case: Case, given: Mapping[str, Scalar]) -> dict[str, Any]:
     cuda = case.device.startswith("cuda")
     least = (MIB if cuda else 1024) if given["min_bytes"] == AUTO else int(given["min_bytes"])
     inflight = (
-        (1024 if cuda else 1) if given["max_inflight_mib"] == AUTO else float(given["max_inflight_mib"])
+        (None if cuda else 1.0) if given["max_inflight_mib"] == AUTO else float(given["max_inflight_mib"])
     )
     return {
         "min_bytes": least,
-        "max_inflight_bytes": int(inflight * MIB),
+        "max_inflight_bytes": None if inflight is None else int(inflight * MIB),
         "skip_last": int(given["skip_last"]),
         "prefetch": bool(given["prefetch"]),
         "pin": bool(given["pin"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from assay.systems.offload import (
     profile_step,
     simulate,
 )
+from assay.systems.offload.devices import CpuDevice
 from tests.systems.offload.helpers import gradients, make, mlp, same
 
 WIDTH = 16
@@ -225,6 +227,34 @@ def test_profile_is_what_the_ledger_finds(decoder: Any, ids_BT: Tensor) -> None:
         assert block.forward_ms > 0 and block.backward_ms > 0
     assert profile.outside_bytes > 0
     assert profile.link.out_bytes_per_s > 1e8
+
+
+class _Scaled(nn.Module):
+    """Saves a table that every block shares, such as rotary positions, beside its own."""
+
+    def forward(self, x_BC: Tensor, table_BC: Tensor) -> Tensor:
+        return (x_BC * table_BC).exp().sin()
+
+
+def test_memory_of_backward_is_beside_what_is_still_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block uses the shared table first; nothing that the others saved is gone by then."""
+    monkeypatch.setattr(CpuDevice, "peak_bytes", lambda _: next(peaks))
+    peaks = itertools.chain([0, 0], itertools.repeat(10**9))  # the first two are the base
+    blocks = [_Scaled() for _ in range(6)]
+    x_BC = torch.randn(64, WIDTH, requires_grad=True)
+
+    def step() -> None:
+        h_BC, table_BC = x_BC * 1, torch.ones(64, WIDTH, requires_grad=True) * 2
+        for block in blocks:
+            h_BC = block(h_BC, table_BC)
+        h_BC.sum().backward()
+
+    profile = profile_step(step, blocks, min_bytes=0, device="cpu")
+    saved = 0
+    for piece in profile.pieces:
+        saved += piece.nbytes
+        if piece.block is not None and not piece.is_input:
+            assert 10**9 - saved <= piece.backward_bytes <= 10**9 - saved + 2 * piece.nbytes
 
 
 def test_predicted_peak_is_the_ledgers_where_blocks_recompute() -> None:

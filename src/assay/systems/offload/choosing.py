@@ -32,7 +32,7 @@ class _Watched:
 class Chooser:
     """Asked by an offloader for each candidate; told of a step's begin, uses and waits."""
 
-    def __init__(self, target_bytes: int, max_inflight_bytes: int, pin: bool) -> None:
+    def __init__(self, target_bytes: int, max_inflight_bytes: int | None, pin: bool) -> None:
         self.target_bytes, self.max_inflight_bytes, self._pin = target_bytes, max_inflight_bytes, pin
         self.watching = False
         self._alike = 0  # steps with the same candidates
@@ -43,10 +43,9 @@ class Chooser:
         self._links: dict[Device, Link] = {}
         self._before: list[int] = []
 
-    @property
-    def inflight_bytes(self) -> int:
-        """What may be in flight now."""
-        return min([self.max_inflight_bytes, *(plan.max_inflight_bytes for plan in self._plans)])
+    def inflight_bytes(self, otherwise: int) -> int:
+        """What may be in flight now: `otherwise` while nothing is chosen."""
+        return min((plan.max_inflight_bytes for plan in self._plans), default=otherwise)
 
     def begin(self, last: Statistics) -> None:
         """A step begins; `last` are the statistics of the one before. Raises UsageError for a target that

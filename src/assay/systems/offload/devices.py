@@ -5,6 +5,7 @@ Streams and events are opaque to the caller, who only hands them back.
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ __all__ = ["CpuDevice", "CudaDevice", "Device", "measure_link", "open_device"]
 
 LINK_BYTES = 64 * 2**20
 LINK_COPIES = 4
+CYCLES_PER_MS = 2e6  # at about 2 GHz
 
 
 class Device(Protocol):
@@ -43,6 +45,9 @@ class Device(Protocol):
 
     def elapsed_ms(self, start: Any, end: Any, /) -> float:
         """Time between two timed events; the only call that waits."""
+
+    def delay(self, ms: float, /) -> None:
+        """Keep compute busy for about so long, where it runs apart from the host, which gets ahead of it."""
 
     def peak_bytes(self) -> int:
         """The most device bytes allocated at once since this was called last; 0 where nobody counts."""
@@ -108,6 +113,9 @@ class CpuDevice:
     def elapsed_ms(self, start: float, end: float, /) -> float:
         return (end - start) * 1e3
 
+    def delay(self, _ms: float, /) -> None:
+        return None
+
     def peak_bytes(self) -> int:
         return 0
 
@@ -124,6 +132,14 @@ class CpuDevice:
         return False
 
 
+@functools.lru_cache(maxsize=64)
+def _stream(stream_id: int, device_index: int, device_type: int) -> torch.cuda.Stream:
+    """As torch.cuda.current_stream makes it each time anew, which the host notices."""
+    return torch.cuda.Stream(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        stream_id=stream_id, device_index=device_index, device_type=device_type
+    )
+
+
 class CudaDevice:
     """One CUDA device. Copies from and to pinned memory leave the host free."""
 
@@ -131,9 +147,10 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._index = torch.cuda.current_device() if device.index is None else device.index
 
     def compute(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device)
+        return _stream(*torch._C._cuda_getCurrentStream(self._index))
 
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -153,14 +170,22 @@ class CudaDevice:
         end.synchronize()
         return float(start.elapsed_time(end))
 
+    def delay(self, ms: float, /) -> None:
+        with torch.cuda.device(self._device):
+            torch.cuda._sleep(int(ms * CYCLES_PER_MS))  # type: ignore[no-untyped-call]  # torch's
+
     def peak_bytes(self) -> int:
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak
 
     def copy(self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(stream):
+        before = _stream(*torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice()))
+        torch.cuda.set_stream(stream)
+        try:
             destination.copy_(source, non_blocking=True)
+        finally:
+            torch.cuda.set_stream(before)  # its device, which may be another, is the current one again
 
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)

@@ -87,7 +87,7 @@ class Entry:
         pool: HostPool,
         source: Tensor,
         start: int,
-        tensor: Tensor,
+        version: Version,
         candidate: int,
     ) -> None:
         self.lane, self.line, self.statistics, self._pool = lane, line, statistics, pool
@@ -95,7 +95,7 @@ class Entry:
         self.start, self.nbytes = start, source.numel()
         self.end = start + self.nbytes
         self.handles: list[weakref.ref[Handle]] = []
-        self._version = Version(tensor)
+        self.version = version
         self.source: Tensor | None = source
         self.block: Block | None = None
         self.restored: Tensor | None = None
@@ -110,7 +110,7 @@ class Entry:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the content is still what it was, as far as version counters tell."""
-        return self._version.now == self._version.expected == tensor._version
+        return self.version.now == self.version.expected == tensor._version
 
     def borrowed(self) -> Tensor | None:
         """The bytes restored last, where a consumer still holds them: a node may read its tensors twice."""
@@ -139,11 +139,13 @@ class Handle:
         "turn",
     )
 
-    def __init__(self, unpack: Callable[[Handle], Tensor], entry: Entry, tensor: Tensor) -> None:
+    def __init__(
+        self, unpack: Callable[[Handle], Tensor], entry: Entry, tensor: Tensor, version: Version
+    ) -> None:
         self.entry, self._unpack = entry, unpack
         self._dtype, self._shape, self._stride = tensor.dtype, tuple(tensor.shape), tensor.stride()
-        self._byte_offset = tensor.storage_offset() * tensor.element_size()
-        self._version = Version(tensor)
+        self._byte_offset = tensor.storage_offset() * self._dtype.itemsize
+        self._version = version
         self.turn = 0
         entry.handles.append(weakref.ref(self))
 

@@ -36,7 +36,7 @@ from assay.systems.offload.options import (
 )
 from assay.systems.offload.pool import HostPool
 from assay.systems.offload.statistics import Statistics
-from assay.systems.offload.storages import is_plain, span, typed, weak
+from assay.systems.offload.storages import Version, is_plain, span, typed, weak
 
 __all__ = ["Offloader", "offload_activations"]
 
@@ -44,7 +44,7 @@ __all__ = ["Offloader", "offload_activations"]
 def offload_activations(
     *held: object,
     min_bytes: int = MIB,
-    max_inflight_bytes: int = 1024 * MIB,
+    max_inflight_bytes: int | None = None,
     prefetch: bool = True,
     pin: bool = True,
     skip_last: int = 0,
@@ -63,7 +63,8 @@ def offload_activations(
 
     min_bytes: storages smaller than this stay.
     max_inflight_bytes: device bytes that may wait for their copy out, and that may be brought back early; one
-        tensor is always allowed. Beyond it compute waits for copies.
+        tensor is always allowed. Beyond it compute waits for copies. Default: four times the largest storage
+        that left, or 1 GiB where that is more.
     prefetch: bring back in reverse order of saving, ahead of need; else each when it is needed.
     pin: pinned host memory. Without it every copy makes the host wait.
     skip_last: so many storages, the last ones saved before backward, are never copied.
@@ -105,7 +106,8 @@ class Offloader:
         self._chooser = (
             None if target is None else Chooser(int(target * MIB), self.options.max_inflight_bytes, pin)
         )
-        self._inflight = self.options.max_inflight_bytes
+        self._largest = 0  # that left
+        self._inflight = self.options.inflight_bytes(0)
         self._depth = 0
         self._contexts: list[torch.autograd.graph.saved_tensors_hooks] = []
         self._lanes: dict[torch.device, Lane] = {}
@@ -178,7 +180,7 @@ class Offloader:
         last, self._step = self._step.statistics, Step()
         if self._chooser:
             self._chooser.begin(last)
-            self._inflight = self._chooser.inflight_bytes
+            self._set_inflight()
             if found := self._chooser.predicted():
                 self._step.statistics.predicted_peak_bytes, self._step.statistics.predicted_exposed_ms = found
         self._purge(keep_decisions=False)
@@ -215,34 +217,33 @@ class Offloader:
         return self._storage_of(tensor).stays
 
     def _offload(self, tensor: Tensor) -> Kept | Handle:
-        entry = self._shared(tensor)
+        start, end = span(tensor)
+        entry = self._shared(tensor, start, end)
         if entry is None:
-            entry = self._new_entry(tensor)
+            entry = self._new_entry(tensor, start, end)
             if entry is None:
                 reason = self._storage_of(tensor).stays or "policy"
                 self._step.statistics.skip(reason, tensor.numel() * tensor.element_size())
                 return Kept(tensor)
-            handle = Handle(self._unpack, entry, tensor)
+            handle = Handle(self._unpack, entry, tensor, entry.version)
             self._step.deferred.append(weakref.ref(entry))
             self._send_overdue()
             return handle
         if entry.block:
             entry.statistics.tensors += 1
-        return Handle(self._unpack, entry, tensor)
+        return Handle(self._unpack, entry, tensor, Version(tensor))
 
-    def _shared(self, tensor: Tensor) -> Entry | None:
-        """The entry that holds this tensor's bytes as they are now."""
-        start, end = span(tensor)
+    def _shared(self, tensor: Tensor, start: int, end: int) -> Entry | None:
+        """The entry that holds this tensor's bytes, from `start` to `end` of its storage, as they are now."""
         for ref in self._storage_of(tensor).entries:
             entry = ref()
             if entry and entry.start <= start and end <= entry.end and entry.holds(tensor):
                 return entry
         return None
 
-    def _new_entry(self, tensor: Tensor) -> Entry | None:
+    def _new_entry(self, tensor: Tensor, start: int, end: int) -> Entry | None:
         """An entry with its source alive and nothing copied; None where the policy keeps the tensor."""
         storage, known, step = tensor.untyped_storage(), self._storage_of(tensor), self._step
-        start, end = span(tensor)
         if 2 * (end - start) > storage.nbytes():
             start, end = 0, storage.nbytes()  # other views of it are likely to be saved too
         candidate = Candidate(
@@ -257,15 +258,24 @@ class Offloader:
         if self._chooser and not self._chooser.leaves(candidate.index, candidate.nbytes, lane.device):
             known.stays = "target"
             return None
+        if end - start > self._largest:
+            self._largest = end - start
+            self._set_inflight()
         line = step.lines.setdefault(tensor.device, Line())
         while line.order and line.order[-1]() is None:  # several steps may share one `with`
             line.order.pop()
         source = typed(storage, torch.uint8, start, (end - start,), (1,))
-        entry = Entry(lane, line, step.statistics, self._pool, source, start, tensor, candidate.index)
+        entry = Entry(
+            lane, line, step.statistics, self._pool, source, start, Version(tensor), candidate.index
+        )
         line.order.append(weakref.ref(entry))
         known.entries = [ref for ref in known.entries if ref() is not None]
         known.entries.append(weakref.ref(entry))
         return entry
+
+    def _set_inflight(self) -> None:
+        inflight = self.options.inflight_bytes(self._largest)
+        self._inflight = self._chooser.inflight_bytes(inflight) if self._chooser else inflight
 
     def _send_overdue(self) -> None:
         """Copy out all but the last `skip_last` entries, then let sources go that are too many."""

@@ -23,6 +23,8 @@ __all__ = [
 ]
 
 MIB = 2**20
+LEAST_INFLIGHT = 1024 * MIB
+LARGEST_INFLIGHT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Options:
     """What `offload_activations` takes, checked."""
 
     min_bytes: int = MIB
-    max_inflight_bytes: int = 1024 * MIB
+    max_inflight_bytes: int | None = None
     prefetch: bool = True
     pin: bool = True
     skip_last: int = 0
@@ -58,13 +60,20 @@ class Options:
     target_mib: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("min_bytes", 0), ("max_inflight_bytes", 0), ("skip_last", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is too small", expected=f">= {least}", got=getattr(self, name))
+        for name in ("min_bytes", "max_inflight_bytes", "skip_last"):
+            given = getattr(self, name)
+            if given is not None and given < 0:
+                raise UsageError(f"{name} is too small", expected=">= 0", got=given)
         if self.budget_bytes is not None and self.budget_bytes <= 0:
             raise UsageError("budget_bytes is too small", expected="> 0", got=self.budget_bytes)
         if self.target_mib is not None and self.target_mib <= 0:
             raise UsageError("target_mib is too small", expected="> 0", got=self.target_mib)
+
+    def inflight_bytes(self, largest: int) -> int:
+        """What may be in flight where the largest storage that left had so many bytes."""
+        if self.max_inflight_bytes is not None:
+            return self.max_inflight_bytes
+        return max(LEAST_INFLIGHT, LARGEST_INFLIGHT * largest)
 
 
 def held_tensors(held: object) -> Iterator[Tensor]:

@@ -3,12 +3,16 @@
     profile = profile_step(lambda: model(ids_BT, labels=ids_BT).loss.backward(), model.model.layers)
 
 Runs the step three times: to warm up, to read memory, to read the clock. The two readings are apart since
-asking the allocator at every saved tensor would slow the host, and with it the clock.
+asking the allocator at every saved tensor slows the host. The clock is the device's: it is held back until
+the host is ahead, so that what the host takes for these readings does not count as compute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +51,7 @@ def profile_step(
     step()
     options = Options(min_bytes=min_bytes, device=device)
     memory = _observed(step, blocks, held, options, memory=True)
-    clock = _observed(step, blocks, held, options, memory=False)
+    clock = _observed(step, blocks, held, options, memory=False, behind_ms=memory.host_ms)
     if [saved.nbytes for saved in memory.saved] != [saved.nbytes for saved in clock.saved]:
         raise UsageError("two steps saved different tensors", expected="steps that do the same work")
     return _profile(memory, clock, measure_link(open_device(clock.where)))
@@ -94,19 +98,23 @@ class _Observer(Offloader):
         self._device: Device = open_device(self.where)
         self._memory = memory
         self._live = self._base = 0
-        self._places: dict[int, int] = {}
         self._known: dict[int, _Saved] = {}
-        self._reached = -1  # the earliest storage that backward has used
+        self._uses: list[tuple[_Saved | None, int]] = []  # in backward, and the peak since the one before
+        self.host_ms = 0.0  # until the host was done with the step
 
-    def run(self, step: Callable[[], object]) -> None:
-        """One step."""
+    def run(self, step: Callable[[], object], behind_ms: float) -> None:
+        """One step, with the device `behind_ms` behind the host at first."""
         self._device.peak_bytes()
         self._base = self._device.peak_bytes() if self._memory else 0
+        began = time.perf_counter()
+        self._device.delay(behind_ms)
         self.started = self._now()
         with self:
             step()
-        self._note_backward()
+        self._read_backward(None)
         self.ended = self._now()
+        self.host_ms = (time.perf_counter() - began) * 1e3
+        self._place_backward_memory()
 
     def enter(self, block: int, args: object) -> None:
         """A block begins."""
@@ -158,20 +166,29 @@ class _Observer(Offloader):
         """Backward asks for a storage."""
         if saved.unpacked is None:
             saved.unpacked = self._now()
-            self._note_backward(saved)
+        self._read_backward(saved)
 
-    def _note_backward(self, saved: _Saved | None = None) -> None:
-        """The memory since the use before belongs to what was used then."""
+    def _read_backward(self, saved: _Saved | None) -> None:
+        if self._memory:
+            self._uses.append((saved, self._device.peak_bytes() - self._base))
+
+    def _place_backward_memory(self) -> None:
+        """Give each reading to the place in the order of saving up to which as many bytes were still needed.
+
+        A storage is needed until its last use: one that every block shares, until backward has reached the
+        first of them.
+        """
         if not self._memory or not self.saved:
             return
-        if self._reached < 0:
-            self._reached = len(self.saved) - 1
-            self._places = {id(one): i for i, one in enumerate(self.saved)}
-        before = self.saved[self._reached]
-        before.backward_bytes = max(before.backward_bytes, self._beside(self._live))
-        place = self._reached if saved is None else min(self._reached, self._places[id(saved)])
-        self._live -= sum(one.nbytes for one in self.saved[place + 1 : self._reached + 1])
-        self._reached = place
+        last_use = {id(saved): i for i, (saved, _) in enumerate(self._uses)}
+        up_to = list(itertools.accumulate(saved.nbytes for saved in self.saved))
+        needed, before = up_to[-1], None
+        for i, (saved, peak) in enumerate(self._uses):
+            at = self.saved[bisect_left(up_to, needed)]
+            at.backward_bytes = max(at.backward_bytes, peak - needed)
+            if before is not None and last_use[id(before)] == i - 1:
+                needed -= before.nbytes
+            before = saved
 
     def _beside(self, saved_bytes: int) -> int:
         return max(0, self._device.peak_bytes() - self._base - saved_bytes)
@@ -203,10 +220,11 @@ def _observed(
     held: tuple[object, ...],
     options: Options,
     memory: bool,
+    behind_ms: float = 0.0,
 ) -> _Observer:
     observer = _Observer(held, options, memory)
     with _watching(blocks, observer):
-        observer.run(step)
+        observer.run(step, behind_ms)
     ran = [section.block for section in observer.sections if section.block is not None]
     for block in range(len(blocks)):
         if ran.count(block) != 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -9,6 +11,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 __all__ = ["Version", "check_version", "is_plain", "span", "typed", "weak"]
 
 ALIGNMENT = 512  # of the allocator: a part of a storage starts at a multiple, so that alignment survives
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Without elements, to make others of: a third of what a new one costs."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 class Version:
@@ -19,7 +27,7 @@ class Version:
     def __init__(self, tensor: Tensor) -> None:
         self.expected = tensor._version
         self._counter = tensor.detach()  # shares the counter, also once it has another storage
-        self._counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        self._counter.data = _nothing(tensor.dtype, tensor.device)
 
     @property
     def now(self) -> int:
@@ -48,11 +56,11 @@ def is_plain(tensor: Tensor) -> bool:
 
 def span(tensor: Tensor) -> tuple[int, int]:
     """First byte, rounded down to the alignment, and end of what a tensor touches in its storage."""
-    size = tensor.element_size()
+    size, n = tensor.dtype.itemsize, tensor.numel()
     first = int(tensor.storage_offset()) * size
-    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = first + int(reach + 1) * size if tensor.numel() else first
-    return first // ALIGNMENT * ALIGNMENT, end
+    if n and not tensor.is_contiguous():
+        n = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first // ALIGNMENT * ALIGNMENT, first + n * size
 
 
 def typed(
@@ -63,7 +71,7 @@ def typed(
     stride: tuple[int, ...],
 ) -> Tensor:
     """A tensor over a storage; offset and stride in elements."""
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
+    return _nothing(dtype, storage.device).data.set_(storage, offset, shape, stride)  # .data: its own version
 
 
 def weak(storage: torch.UntypedStorage) -> StorageWeakRef:
