@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from assay.systems.offload.plan import Prediction, _Goal, _Part, _Step, _Walk
+from assay.systems.offload.plan import Prediction
+from assay.systems.offload.search import _Goal
+from assay.systems.offload.walk import Step, _Part, _Walk
 
 __all__ = ["GOALS", "WALKS"]
 
@@ -24,7 +26,7 @@ class SourcesForgotten(_Walk):
 class TransientForgotten(_Walk):
     """Does not see that a recomputed block is whole again in backward."""
 
-    def __init__(self, step: _Step, parts: Sequence[_Part], inflight: int) -> None:
+    def __init__(self, step: Step, parts: Sequence[_Part], inflight: int) -> None:
         super().__init__(step, parts, inflight)
         self._again = {k: replace(again, worst_bytes=0) for k, again in self._again.items()}
         for part in parts:
@@ -36,7 +38,7 @@ class TransientForgotten(_Walk):
 class RecomputesForNothing(_Walk):
     """Forgets that a block that is computed again takes its forward's time."""
 
-    def __init__(self, step: _Step, parts: Sequence[_Part], inflight: int) -> None:
+    def __init__(self, step: Step, parts: Sequence[_Part], inflight: int) -> None:
         super().__init__(step, parts, inflight)
         self._again = {k: replace(again, ms=0.0) for k, again in self._again.items()}
 

@@ -10,17 +10,25 @@ import pytest
 import torch
 
 from assay.errors import UsageError
-from assay.systems.offload import Choice, PlannedOffloader, make_plan, profile_step, simulate
-from assay.systems.offload import plan as planner
+from assay.systems.offload import (
+    Choice,
+    Plan,
+    PlannedOffloader,
+    make_plan,
+    profile_step,
+    search,
+    simulate,
+    walk,
+)
 from tests.mutants import planner as wrong
 from tests.systems.offload.helpers import mlp
-from tests.systems.offload.test_plan import profile
+from tests.systems.offload.profiles import profile
 
 KEEP, AGAIN, LEAVE = Choice.KEEP, Choice.RECOMPUTE, Choice.OFFLOAD
 
 
 def waiting_is_what_was_worked_by_hand() -> bool:
-    """90 bytes a block at 10 a millisecond, 27 ms of compute; test_plan.py has the arithmetic."""
+    """90 bytes a block at 10 a millisecond, 27 ms of compute; test_walk.py has the arithmetic."""
     found = simulate(profile(), [LEAVE] * 3, 0)
     return found.exposed_ms == pytest.approx(32.0) and found.step_ms == pytest.approx(81.0 + 32.0)
 
@@ -46,7 +54,7 @@ def predicted_peak_is_there() -> bool:
     inflight = 2 * measured.blocks[1].saved_bytes
     choices = [LEAVE] * len(model)
     predicted = simulate(measured, choices, inflight)
-    plan = planner.Plan(choices=tuple(choices), max_inflight_bytes=inflight, predicted=predicted)
+    plan = Plan(choices=tuple(choices), max_inflight_bytes=inflight, predicted=predicted)
     context, there = PlannedOffloader(plan, list(model), model, min_bytes=0, device="cpu"), [0]
 
     def look(*_: object) -> None:
@@ -67,7 +75,7 @@ def target_is_kept_by_what_is_planned() -> bool:
         plan = make_plan(step, target_bytes=target)
     except UsageError:
         return False
-    truth = planner._Step(step).simulate(plan.choices, plan.max_inflight_bytes)
+    truth = simulate(step, plan.choices, plan.max_inflight_bytes)
     return plan.predicted.peak_bytes <= target and truth.peak_bytes <= target
 
 
@@ -107,8 +115,8 @@ def test_right_planner_passes(check: Callable[[], bool]) -> None:
     ],
 )
 def test_wrong_planner_is_caught(kind: type, check: Callable[[], bool]) -> None:
-    name = "_Goal" if kind in wrong.GOALS else "_Walk"
-    with mock.patch.object(planner, name, kind):
+    module, name = (search, "_Goal") if kind in wrong.GOALS else (walk, "_Walk")
+    with mock.patch.object(module, name, kind):
         assert not check()
 
 

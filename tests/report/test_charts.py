@@ -21,12 +21,6 @@ def test_definition_is_valid_against_the_schema_and_holds_no_colour(kind: str) -
     assert not re.search(r"#[0-9a-f]{6}\b|var\(", json.dumps(spec))
 
 
-def test_themes_differ_in_their_colours_only() -> None:
-    page, paper = (json.dumps(charts.theme(name)["style"]) for name in ("page", "paper"))
-    assert "var(--other)" in page
-    assert "var(" not in paper
-
-
 def test_a_case_with_laps_shows_every_kind_of_chart() -> None:
     found = [f.kind for f in comparison_figures(GENERATE, GENERATE.comparisons[0], 100)]
     others = {"ladder", "attribution", "roofline", "lengths", "batches"}

@@ -41,6 +41,7 @@ from assay.report.suite import (
     scaling_rows,
 )
 from assay.report.sweeps import Sweep, sweeps
+from assay.report.theme import theme
 from assay.report.view import (
     CaseView,
     case_views,
@@ -155,7 +156,7 @@ def _data(figures: Iterable[Figure]) -> str:
     """What the page's script draws from: every definition once, all rows once. Never ends a script."""
     figures = list(figures)
     payload = {
-        "config": charts.theme("page"),
+        "config": theme("page"),
         "specs": {kind: charts.definition(kind) for kind in dict.fromkeys(f.kind for f in figures)},
         "rows": {f.key: f.rows for f in figures},
     }

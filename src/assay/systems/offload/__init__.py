@@ -11,10 +11,10 @@
         model(ids_BT).loss.backward()
 
 Read hooks.py, which is the system; options.py is what it may be asked for, entries.py and storages.py what it
-knows of tensors, devices.py the little it asks of a device, pool.py where the bytes wait. plan.py decides
-what blocks do, by what profile.py measures, and planned.py has them do it; choosing.py decides tensor by
-tensor. docs/offload.md shows how to use it all. Importing this package does not import torch: names are
-imported when they are first asked for.
+knows of tensors, devices.py the little it asks of a device, pool.py where the bytes wait. plan.py has the
+words of planning: profile.py measures a step, walk.py predicts what a plan of it costs, search.py finds the
+plan, planned.py has blocks do it, and choosing.py decides tensor by tensor. docs/offload.md shows how to use
+it all. Importing this package does not import torch: names are imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
         Plan,
         Prediction,
         Profile,
-        make_plan,
-        simulate,
     )
     from assay.systems.offload.planned import PlannedOffloader, plan_activations
     from assay.systems.offload.profile import profile_step
+    from assay.systems.offload.search import make_plan
     from assay.systems.offload.statistics import Skipped, Statistics
+    from assay.systems.offload.walk import simulate
 
 __all__ = [
     "BlockProfile",
@@ -76,10 +76,10 @@ __getattr__, __dir__ = exports(
         "Profile": "plan",
         "Skipped": "statistics",
         "Statistics": "statistics",
-        "make_plan": "plan",
+        "make_plan": "search",
         "offload_activations": "hooks",
         "plan_activations": "planned",
         "profile_step": "profile",
-        "simulate": "plan",
+        "simulate": "walk",
     },
 )

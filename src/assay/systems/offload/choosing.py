@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from assay.systems.offload.devices import Device, measure_link
-from assay.systems.offload.plan import BlockProfile, Choice, Link, Piece, Plan, Profile, make_plan
+from assay.systems.offload.plan import BlockProfile, Choice, Link, Piece, Plan, Profile
+from assay.systems.offload.search import make_plan
 from assay.systems.offload.statistics import Statistics
 
 __all__ = ["Chooser"]

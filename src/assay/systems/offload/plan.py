@@ -1,11 +1,8 @@
-"""The planner: what each block of a step does with what it saves, so that a peak is kept in the least time.
-
-    plan = make_plan(profile, target_bytes=4 * 2**30)
+"""What planning speaks of: a step as it was measured, a choice for each block, and what that costs.
 
 A block keeps its activations, offloads them, or recomputes them from its input, which may itself leave.
-`simulate` predicts what a choice costs: it walks through forward and backward with the queues of copies, as
-hooks.py runs them. `make_plan` searches among choices by what they are predicted to cost. All of this is
-arithmetic over a Profile, which profile.py measures; torch is not imported.
+profile.py measures a Profile, walk.py predicts what choices cost, search.py finds a Plan. All of planning is
+arithmetic: torch is not imported.
 
 Memory is counted above what is allocated when the step begins. Times are milliseconds, sizes bytes.
 """
@@ -13,15 +10,13 @@ Memory is counted above what is allocated when the step begins. Times are millis
 from __future__ import annotations
 
 import itertools
-import random
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections import Counter
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from assay.errors import UsageError
-
 __all__ = [
+    "PARTS",
     "BlockProfile",
     "Choice",
     "Link",
@@ -29,15 +24,11 @@ __all__ = [
     "Plan",
     "Prediction",
     "Profile",
-    "make_plan",
-    "simulate",
+    "Share",
+    "with_parts",
 ]
 
 MIB = 2**20
-MOST_PIECES = 160  # of a step while plans are searched: the more, the finer and slower
-EXACT_BLOCKS = 4  # so few have all their plans simulated
-GRID = 10  # numbers of offloaded blocks that are tried before the best one's neighbours
-MOST_MOVES = 600  # at the least: simulations that improve the best plan found
 
 
 class Choice(StrEnum):
@@ -186,8 +177,10 @@ class Profile:
 
     @property
     def peak_bytes(self) -> int:
-        """Of a step that keeps everything."""
-        return simulate(self, [Choice.KEEP] * len(self.blocks), 0).peak_bytes
+        """Of a step that keeps everything: what is saved until a piece, and the other memory then."""
+        saved = itertools.accumulate(piece.nbytes for piece in self.pieces)
+        others = (max(piece.forward_bytes, piece.backward_bytes) for piece in self.pieces)
+        return max(map(operator.add, saved, others), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,359 +222,7 @@ class Plan:
         )
 
 
-def make_plan(
-    profile: Profile,
-    *,
-    target_bytes: int | None = None,
-    target_ms: float | None = None,
-    max_inflight_bytes: int | None = None,
-    choices: Iterable[Choice] = tuple(Choice),
-) -> Plan:
-    """The fastest plan found whose peak is at most `target_bytes`, or the leanest of at most `target_ms`.
-
-    max_inflight_bytes: the most that the planner may choose for the offloader; by default it is free.
-    choices: what blocks may do beside keeping.
-    Up to 4 blocks all plans are simulated; beyond, those that spread offloaded blocks evenly, recompute
-    early and keep late, and then the neighbours of the best.
-
-    Raises UsageError where no plan found reaches the target: it says what can be reached.
-    """
-    goal = _Goal(target_bytes, target_ms)
-    small = _merged(profile, MOST_PIECES)
-    plans = []
-    for inflight in _inflight_sizes(small, max_inflight_bytes):
-        search = _Search(small, goal, {Choice.KEEP, *choices}, inflight)
-        if len(small.blocks) <= EXACT_BLOCKS:
-            search.everything()
-        else:
-            search.families()
-            search.improve()
-        plans.append(search.best)
-    best = min(plans, key=lambda plan: goal.key(plan.predicted))
-    goal.check(best.predicted)
-    return best
-
-
-def simulate(profile: Profile, choices: Sequence[Choice], max_inflight_bytes: int) -> Prediction:
-    """Walk through forward and backward with the offloader's queues. `choices` has one for each block.
-
-    Sources leave in the order of bytes: the last `max_inflight_bytes` of them stay until backward uses
-    them; compute waits where more are queued. As many bytes again come back ahead of their use.
-    """
-    return _Step(profile).simulate(choices, max_inflight_bytes)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A block's pieces under one choice, or pieces outside blocks. The lists have one number for each."""
-
-    last: int
-    stays: list[int]
-    """Bytes there after forward, if they do not leave."""
-    leaves: list[int]
-    frees: list[int]
-    """Bytes that backward frees after use."""
-    again: _Again | None = None
-
-
-@dataclass(frozen=True)
-class _Again:
-    """A block's forward in backward."""
-
-    first: int
-    """Its input's place."""
-    ms: float
-    grown_bytes: int
-    worst_bytes: int
-
-
-class _Step:
-    """A profile, prepared to be walked through many times."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        self.before = [(piece.before_ms, piece.forward_bytes) for piece in profile.pieces]
-        self.after = [(piece.after_ms, piece.backward_bytes) for piece in profile.pieces]
-        self._runs: list[tuple[int | None, dict[Choice, _Part]]] = []
-        at = 0
-        for block, group in itertools.groupby(profile.pieces, lambda piece: piece.block):
-            pieces = _with_parts(list(group))
-            kinds = [Choice.KEEP] if block is None else list(Choice)
-            self._runs.append((block, {kind: self._part(at, block, pieces, kind) for kind in kinds}))
-            at += len(pieces)
-
-    def simulate(self, choices: Sequence[Choice], inflight: int) -> Prediction:
-        """As the function."""
-        parts = [kinds[Choice.KEEP if block is None else choices[block]] for block, kinds in self._runs]
-        walk = _Walk(self, parts, inflight)
-        walk.forward()
-        walk.backward()
-        return Prediction(
-            peak_bytes=walk.peak, step_ms=walk.now, exposed_ms=walk.exposed, bytes_out=sum(walk.leaves)
-        )
-
-    def _part(self, at: int, block: int | None, pieces: list[Piece], kind: Choice) -> _Part:
-        last = at + len(pieces) - 1
-        nbytes = [piece.nbytes for piece in pieces]
-        if block is None or not kind.recomputes:
-            part = PARTS.index(kind) if kind in PARTS else None
-            whole = int(kind.share)
-            leaves = [p.movable_bytes * whole if part is None else p.parts_bytes[part] for p in pieces]
-            return _Part(last, nbytes, leaves, nbytes)
-        own = self.profile.blocks[block]
-        inputs = [piece.is_input for piece in pieces]
-        stays = [own.input_bytes if given else 0 for given in inputs]
-        leaves = [int(kind.share * own.input_movable_bytes) if given else 0 for given in inputs]
-        frees = [own.input_bytes if given else n for given, n in zip(inputs, nbytes, strict=True)]
-        grown = worst = 0
-        for piece in pieces:
-            grown += 0 if piece.is_input else piece.nbytes
-            worst = max(worst, grown + piece.forward_bytes)
-        again = _Again(at, own.forward_ms, grown, worst)
-        return _Part(last, stays, leaves, frees, again)
-
-
-class _Walk:
-    """A step under a plan: the clocks of compute and of both directions of the link, and bytes by state."""
-
-    def __init__(self, step: _Step, parts: Sequence[_Part], inflight: int) -> None:
-        self._step, self._inflight = step, inflight
-        self._stays = [n for part in parts for n in part.stays]
-        self.leaves = [n for part in parts for n in part.leaves]
-        self._frees = [n for part in parts for n in part.frees]
-        self._again = {part.last: part.again for part in parts if part.again}
-        self.now = self.exposed = self._back_free = 0.0
-        self.peak = 0
-        self._here = 0  # bytes on the device that do not travel
-        self._ahead = 0  # bytes that come back and are not used yet
-        self._away: list[int] = []  # pieces that are to be asked for, the next one last
-        self._arrives: dict[int, float] = {}
-
-    def forward(self) -> None:
-        ms_per_byte = 1e3 / self._step.profile.link.out_bytes_per_s
-        here = waiting = peak = 0  # waiting: bytes of sources whose copy out was queued
-        link_free = 0.0
-        leaving: deque[tuple[int, float]] = deque()  # piece, when its copy is done
-        for k, (ms, others) in enumerate(self._step.before):
-            self.now += ms
-            here += self._stays[k]
-            if leaves := self.leaves[k]:
-                here -= leaves
-                link_free = max(link_free, self.now) + leaves * ms_per_byte
-                leaving.append((k, link_free))
-                waiting += leaves
-                while waiting > self._inflight and len(leaving) > 1:
-                    oldest, done = leaving.popleft()
-                    waiting -= self.leaves[oldest]
-                    self._wait(done)
-            if here + waiting + others > peak:
-                peak = here + waiting + others
-        self.now += self._step.profile.turn_ms
-        self.peak, self._here = peak, here + waiting
-        there = leaving[0][0] if leaving else len(self.leaves)  # from here on sources are where they were
-        self._away = [k for k, leaves in enumerate(self.leaves[:there]) if leaves]
-
-    def backward(self) -> None:
-        for k in range(len(self.leaves) - 1, -1, -1):
-            if again := self._again.get(k):
-                if self.leaves[again.first]:
-                    self._use(again.first)
-                self.peak = max(self.peak, self._here + self._ahead + again.worst_bytes)
-                self._here += again.grown_bytes
-                self.now += again.ms
-            if self.leaves[k]:
-                self._use(k)
-            ms, others = self._step.after[k]
-            if self._here + self._ahead + others > self.peak:
-                self.peak = self._here + self._ahead + others
-            self.now += ms
-            self._here -= self._frees[k]
-
-    def _use(self, k: int) -> None:
-        """Wait for a piece if it travels; then ask for those before it."""
-        away, leaves = self._away, self.leaves
-        if away and away[-1] == k:
-            self._fetch()
-        if k in self._arrives:
-            self._wait(self._arrives.pop(k))
-            self._ahead -= leaves[k]
-            self._here += leaves[k]
-        while away and (not self._ahead or self._ahead + leaves[away[-1]] <= self._inflight):
-            self._fetch()
-
-    def _fetch(self) -> None:
-        k = self._away.pop()
-        nbytes, rate = self.leaves[k], self._step.profile.link.back_bytes_per_s
-        self._back_free = max(self._back_free, self.now) + nbytes * 1e3 / rate
-        self._arrives[k] = self._back_free
-        self._ahead += nbytes
-
-    def _wait(self, until: float) -> None:
-        if until > self.now:
-            self.exposed += until - self.now
-            self.now = until
-
-
-class _Goal:
-    """One figure that must not be exceeded, and the other, which should be small."""
-
-    def __init__(self, target_bytes: int | None, target_ms: float | None) -> None:
-        if (target_bytes is None) == (target_ms is None):
-            raise UsageError("a plan needs one target", expected="target_bytes or target_ms")
-        self.in_bytes = target_bytes is not None
-        self.target = float(target_bytes if target_bytes is not None else target_ms or 0.0)
-        if self.target <= 0:
-            raise UsageError("the target is too small", expected="> 0", got=f"{self.target:g}")
-
-    def key(self, found: Prediction) -> tuple[float, float, float]:
-        """Less is better: what it is above the target, then what is to be small, then what moves."""
-        bounded, small = float(found.peak_bytes), round(found.step_ms, 6)
-        if not self.in_bytes:
-            bounded, small = small, bounded
-        return max(0.0, bounded - self.target), small, float(found.bytes_out)
-
-    def fits(self, found: Prediction) -> bool:
-        """Whether it is within the target."""
-        return self.key(found)[0] == 0
-
-    def check(self, found: Prediction) -> None:
-        """Raises UsageError where it is not."""
-        if self.fits(found):
-            return
-        if self.in_bytes:
-            least, got = f">= {found.peak_bytes / MIB:.1f} MiB", f"{self.target / MIB:.1f} MiB"
-        else:
-            least, got = f">= {found.step_ms:.1f} ms", f"{self.target:.1f} ms"
-        raise UsageError(
-            "no plan fits the target", expected=least, got=got, remedy="raise it or shrink the step"
-        )
-
-
-class _Search:
-    """The best plan so far with so many bytes in flight, and where to look for a better one."""
-
-    def __init__(self, profile: Profile, goal: _Goal, allowed: set[Choice], inflight: int) -> None:
-        self._step, self._goal, self._n = _Step(profile), goal, len(profile.blocks)
-        self._kinds = [kind for kind in Choice if kind in allowed]
-        self._inflight = inflight
-        self._seen: dict[tuple[Choice, ...], Prediction] = {}
-        self._best: tuple[Choice, ...] = (Choice.KEEP,) * self._n
-        self._try(self._best)
-
-    @property
-    def best(self) -> Plan:
-        """The best plan found."""
-        return Plan(choices=self._best, max_inflight_bytes=self._inflight, predicted=self._seen[self._best])
-
-    def everything(self) -> None:
-        """Try every plan."""
-        for choices in itertools.product(self._kinds, repeat=self._n):
-            self._try(choices)
-
-    def families(self) -> None:
-        """Try numbers of offloaded blocks, with as many recomputed ones as the target asks for."""
-        kinds = [kind for kind in self._kinds if kind.recomputes] or [Choice.KEEP]
-        parts = [kind for kind in self._kinds if kind.share and not kind.recomputes]
-        most = self._n if parts else 0
-        parts = parts or [Choice.KEEP]
-        for other, part, reach in itertools.product(kinds, parts if self._n <= GRID else parts[:1], range(4)):
-            step = max(1, self._n // GRID)
-            grid = {n: self._recomputed(n, part, reach, other) for n in {*range(0, most, step), most}}
-            while step > 1:
-                step = max(1, step // 3)
-                best = min(grid, key=lambda n: grid[n])
-                for n in (best - step, best + step):
-                    if 0 <= n <= most and n not in grid:
-                        grid[n] = self._recomputed(n, part, reach, other)
-
-    def improve(self) -> None:
-        """Change a few blocks as long as it helps."""
-        draw = random.Random(0)
-        choices = self._best
-        moves = self._moves(choices, draw)
-        for _ in range(max(MOST_MOVES, 12_000 // self._n)):
-            self._try(next(moves))
-            if self._best != choices:
-                choices = self._best
-                moves = self._moves(choices, draw)
-
-    def _moves(self, choices: tuple[Choice, ...], draw: random.Random) -> Iterator[tuple[Choice, ...]]:
-        """Neighbours: one block changed, two exchanged, and, drawn, up to three changed."""
-        for i, kind in itertools.product(range(self._n), self._kinds):
-            yield _changed(choices, {i: kind})
-        for distance in range(1, self._n):
-            for i in range(self._n - distance):
-                j = i + distance
-                if choices[i] != choices[j]:
-                    yield _changed(choices, {i: choices[j], j: choices[i]})
-        while True:
-            yield _changed(choices, {draw.randrange(self._n): draw.choice(self._kinds) for _ in range(3)})
-
-    def _recomputed(
-        self, offloaded: int, part: Choice, reach: int, other: Choice
-    ) -> tuple[float, float, float]:
-        """The best number of recomputed blocks: the fewest that fit a peak, the most that fit a time."""
-        low, high = 0, self._n - offloaded if other.recomputes else 0
-        best = (float("inf"),) * 3
-        while low <= high:
-            middle = (low + high) // 2
-            found = self._try(self._arranged(offloaded, part, middle, reach, other))
-            best = min(best, self._goal.key(found))
-            if self._goal.fits(found) == self._goal.in_bytes:
-                high = middle - 1
-            else:
-                low = middle + 1
-        return best
-
-    def _arranged(
-        self, offloaded: int, part: Choice, recomputed: int, reach: int, other: Choice
-    ) -> tuple[Choice, ...]:
-        """Offloaded blocks evenly among the first ones, `reach` of 0 to 3 saying how far: next to each other
-        to all but the last. Of the others the first are recomputed and the last kept."""
-        choices = [Choice.KEEP] * self._n
-        far = self._n - 1 if self._n - 1 > offloaded else self._n
-        span = offloaded + (far - offloaded) * reach // 3
-        for k in range(offloaded):
-            choices[k * span // offloaded] = part
-        others = [i for i, choice in enumerate(choices) if choice is Choice.KEEP]
-        for i in others[:recomputed]:
-            choices[i] = other
-        return tuple(choices)
-
-    def _try(self, choices: tuple[Choice, ...]) -> Prediction:
-        found = self._seen.get(choices)
-        if found is None:
-            found = self._seen[choices] = self._step.simulate(choices, self._inflight)
-            if self._goal.key(found) < self._goal.key(self._seen[self._best]):
-                self._best = choices
-        return found
-
-
-def _changed(choices: tuple[Choice, ...], changes: Mapping[int, Choice]) -> tuple[Choice, ...]:
-    return tuple(changes.get(i, choice) for i, choice in enumerate(choices))
-
-
-def _inflight_sizes(profile: Profile, most: int | None) -> list[int]:
-    """Some that are worth trying, by the block that moves the most."""
-    largest = max((block.movable_bytes for block in profile.blocks), default=0)
-    sizes = {max(1, largest * quarters // 4) for quarters in (1, 4, 8)}
-    return sorted(sizes if most is None else {most, *(size for size in sizes if size < most)})
-
-
-def _merged(profile: Profile, most: int) -> Profile:
-    """The same step in fewer pieces: neighbours of one block together, inputs alone."""
-    blocks = (
-        _with_parts(list(own)) for _, own in itertools.groupby(profile.pieces, lambda piece: piece.block)
-    )
-    groups = [
-        list(group) for own in blocks for _, group in itertools.groupby(own, lambda piece: piece.is_input)
-    ]
-    share = max(1, (most - len(groups)) // max(1, len(profile.blocks)) + 1)
-    merged = (_merge(part) for group in groups for part in _parts(group, share))
-    return replace(profile, pieces=tuple(merged))
-
-
-def _with_parts(pieces: list[Piece]) -> list[Piece]:
+def with_parts(pieces: list[Piece]) -> list[Piece]:
     """The pieces of one block with what leaves of each where a part does."""
     if all(piece.parts_bytes for piece in pieces):
         return pieces
@@ -591,36 +232,6 @@ def _with_parts(pieces: list[Piece]) -> list[Piece]:
         for piece in pieces
         for n in [piece.movable_bytes]
     ]
-
-
-def _parts(pieces: list[Piece], most: int) -> Iterator[list[Piece]]:
-    """Runs of pieces of about equal bytes, at most so many."""
-    limit = sum(piece.nbytes for piece in pieces) / most
-    part: list[Piece] = []
-    for piece in pieces:
-        if part and sum(p.nbytes for p in part) + piece.nbytes / 2 > limit:
-            yield part
-            part = []
-        part.append(piece)
-    yield part
-
-
-def _merge(pieces: Sequence[Piece]) -> Piece:
-    if len(pieces) == 1:
-        return pieces[0]
-    return Piece(
-        block=pieces[0].block,
-        nbytes=sum(piece.nbytes for piece in pieces),
-        movable_bytes=sum(piece.movable_bytes for piece in pieces),
-        before_ms=sum(piece.before_ms for piece in pieces),
-        after_ms=sum(piece.after_ms for piece in pieces),
-        forward_bytes=max(piece.forward_bytes for piece in pieces),
-        backward_bytes=max(piece.backward_bytes for piece in pieces),
-        is_input=pieces[0].is_input,
-        parts_bytes=tuple(
-            sum(column) for column in zip(*(piece.parts_bytes for piece in pieces), strict=True)
-        ),
-    )
 
 
 def _line(found: Prediction) -> str:

@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from assay.errors import UsageError
 from assay.systems.offload.hooks import Offloader
 from assay.systems.offload.options import MIB, Candidate, Options
-from assay.systems.offload.plan import Choice, Plan, Share, make_plan
+from assay.systems.offload.plan import Choice, Plan, Share
 from assay.systems.offload.profile import profile_step
+from assay.systems.offload.search import make_plan
 from assay.systems.offload.statistics import Statistics
 
 __all__ = ["PlannedOffloader", "plan_activations"]
