@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from assay.errors import Unavailable, UsageError
 from assay.systems.decoder import load
 from assay.systems.offload import Candidate, Offloader, offload_activations
+from assay.systems.offload.entries import Line
 from assay.systems.offload.options import Options
 from tests.systems.offload.helpers import LateDevice, gradients, make, mlp, same
 
@@ -505,7 +506,7 @@ def test_policy_decides_storage_by_storage(model: nn.Module) -> None:
         asked.append(candidate)
         return candidate.index % 2 == 0
 
-    offload = make(held=[model], policy=every_second)
+    offload = make(held=[model], policy=every_second, max_inflight_bytes=0)
     for _ in range(2):
         _loss(model, offload).backward()
     half = len(asked) // 2
@@ -516,12 +517,75 @@ def test_policy_decides_storage_by_storage(model: nn.Module) -> None:
 
 
 def test_budget_bounds_the_pool_and_the_rest_stays(model: nn.Module) -> None:
-    offload = make(held=[model], budget_bytes=3 * 4096)
+    offload = make(held=[model], budget_bytes=3 * 4096, max_inflight_bytes=0)
     for _ in range(3):
         _loss(model, offload).backward()
         assert 0 < offload.statistics.pool_peak_bytes <= offload.statistics.pool_bytes <= 3 * 4096
         assert offload.statistics.skipped["budget"].nbytes > 0
     assert offload.statistics.pinned_allocations == 0
+
+
+def _chain(offload: Offloader, blocks: int) -> Tensor:
+    """Saves so many times 4096 bytes."""
+    h_N = torch.ones(1024, requires_grad=True)
+    with offload:
+        for _ in range(blocks):
+            h_N = h_N.exp() * 0.1
+    return h_N.sum()
+
+
+def test_what_would_be_recalled_is_not_copied_once_a_step_is_known() -> None:
+    device = LateDevice()
+    offload = make(device=device, max_inflight_bytes=3 * 4096)
+    out = []
+    for blocks in (8, 8, 8, 12, 12, 5):
+        _chain(offload, blocks).backward()
+        found = offload.statistics
+        last = found.skipped["last"].tensors if found.skipped else 0
+        assert found.storages + last == blocks
+        assert found.bytes_out == found.bytes_back + found.bytes_recalled
+        assert found.bytes_back <= (blocks - 3) * 4096
+        out.append((found.storages, found.bytes_recalled // 4096))
+    # a longer step sends what it had kept once it is longer; a shorter one sends all
+    assert out == [(8, 3), (5, 0), (5, 0), (12, 3), (9, 0), (5, 3)]
+    assert not device.strays
+
+
+def test_shared_tensor_does_not_lead_the_prefetch_astray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block's backward uses what the first saved, as rotary positions are."""
+    misses: list[int] = []
+    missed = Line.missed
+    monkeypatch.setattr(Line, "missed", lambda line, index: misses.append(index) or missed(line, index))
+    offload = make(max_inflight_bytes=2 * 4096)
+    for _ in range(2):
+        misses.clear()
+        h_N, table_N = (torch.rand(1024, requires_grad=True) for _ in range(2))
+        with offload:
+            table_N = table_N.sin()
+            for _ in range(10):
+                h_N = (h_N * table_N).exp()
+        h_N.sum().backward()
+        assert misses in ([], [0])  # the table, and nothing that it stands before
+
+
+def test_prefetch_finds_its_way_where_backward_leaves_a_part_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    misses: list[int] = []
+    missed = Line.missed
+    monkeypatch.setattr(Line, "missed", lambda line, index: misses.append(index) or missed(line, index))
+    offload = make(max_inflight_bytes=2 * 4096)
+    x_N = torch.ones(1024, requires_grad=True)
+    with offload:
+        early_N, late_N = x_N * 1, x_N * 1
+        for _ in range(20):
+            early_N = early_N.exp() * 0.1
+        unused_N = early_N
+        for _ in range(20):
+            unused_N = unused_N.exp() * 0.1
+        late_N = late_N.exp()
+        loss = early_N.sum() + late_N.sum()
+    loss.backward()
+    assert len(misses) < 10
+    assert offload.statistics.bytes_back > 15 * 4096
 
 
 def test_prefetch_is_in_reverse_order_and_bounded() -> None:

@@ -338,7 +338,7 @@ def test_target_chooses_tensor_by_tensor_from_the_third_step_on() -> None:
     for _ in range(4):
         assert same(gradients(lambda: loss(offload, x_BC), leaves), want)
         out.append(offload.statistics.bytes_out)
-    assert out[0] == out[1] > out[2] == out[3] > 0
+    assert out[0] >= out[1] > out[2] >= out[3] > 0
     stays = offload.statistics.skipped["target"].nbytes
     assert offload.statistics.predicted_peak_bytes is not None
     assert stays <= offload.statistics.predicted_peak_bytes <= 0.25 * 2**20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from assay.systems.offload import Choice, simulate
@@ -22,6 +24,13 @@ def test_recomputing_adds_a_forward_and_holds_one_block_at_a_time() -> None:
     assert (found.peak_bytes, found.step_ms) == (3 * 10 + 80, 81.0 + 27.0)
     last = simulate(profile(), [AGAIN, AGAIN, KEEP], 0)
     assert (last.peak_bytes, last.step_ms) == (2 * 10 + 90, 81.0 + 18.0)
+
+
+def test_gradients_are_there_while_a_block_runs_again() -> None:
+    step = profile()
+    pieces = tuple(replace(piece, forward_bytes=25, backward_bytes=40) for piece in step.pieces)
+    found = simulate(replace(step, pieces=pieces), [AGAIN, AGAIN, AGAIN], 0)
+    assert found.peak_bytes == 3 * 10 + 80 + 25 + 40
 
 
 def test_copies_queue_and_compute_waits() -> None:

@@ -19,7 +19,6 @@ __all__ = ["CpuDevice", "CudaDevice", "Device", "measure_link", "open_device"]
 
 LINK_BYTES = 64 * 2**20
 LINK_COPIES = 4
-CYCLES_PER_MS = 2e6  # at about 2 GHz
 
 
 class Device(Protocol):
@@ -45,9 +44,6 @@ class Device(Protocol):
 
     def elapsed_ms(self, start: Any, end: Any, /) -> float:
         """Time between two timed events; the only call that waits."""
-
-    def delay(self, ms: float, /) -> None:
-        """Keep compute busy for about so long, where it runs apart from the host, which gets ahead of it."""
 
     def peak_bytes(self) -> int:
         """The most device bytes allocated at once since this was called last; 0 where nobody counts."""
@@ -113,9 +109,6 @@ class CpuDevice:
     def elapsed_ms(self, start: float, end: float, /) -> float:
         return (end - start) * 1e3
 
-    def delay(self, _ms: float, /) -> None:
-        return None
-
     def peak_bytes(self) -> int:
         return 0
 
@@ -169,10 +162,6 @@ class CudaDevice:
     def elapsed_ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()
         return float(start.elapsed_time(end))
-
-    def delay(self, ms: float, /) -> None:
-        with torch.cuda.device(self._device):
-            torch.cuda._sleep(int(ms * CYCLES_PER_MS))  # type: ignore[no-untyped-call]  # torch's
 
     def peak_bytes(self) -> int:
         peak = torch.cuda.max_memory_allocated(self._device)

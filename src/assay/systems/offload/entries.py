@@ -24,6 +24,9 @@ from assay.systems.offload.storages import Version, check_version, typed
 __all__ = ["Entry", "Handle", "Kept", "Lane", "Line", "Step", "Storage"]
 
 
+STRAYS = 3
+
+
 class Lane:
     """A device with its copy streams, and the entries whose source waits for its copy out, oldest first."""
 
@@ -31,6 +34,7 @@ class Lane:
         self.device, self.out, self.back = device, device.stream(), device.stream()
         self.leaving: deque[tuple[weakref.ref[Entry], int]] = deque()
         self.leaving_bytes = 0
+        self.expected_bytes: int | None = None  # of all entries of a step, as the last one had
 
 
 class Step:
@@ -40,26 +44,42 @@ class Step:
         self.statistics = Statistics()
         self.candidates = 0
         self.lines: dict[torch.device, Line] = {}
-        self.deferred: deque[weakref.ref[Entry]] = deque()
 
 
 class Line:
-    """A step's entries on one device in the order of saving, and how far the prefetch has come."""
+    """A step's entries on one device in the order of saving: what is not sent yet, what is back early."""
 
     def __init__(self) -> None:
         self.order: list[weakref.ref[Entry]] = []
+        self.nbytes = 0  # of all entries so far
+        self.unsent: deque[tuple[weakref.ref[Entry], int]] = deque()
+        self.overdue_bytes = 0  # of them, without those that never leave
         self.cursor = 0  # in the order: all from here on need no prefetch
         self.task: int | None = None  # the backward that the cursor belongs to
-        self.ahead: deque[tuple[weakref.ref[Entry], int]] = deque()
-        self.ahead_bytes = 0
+        self.below = 0  # entries below the cursor that were missed in succession
+        self._ahead: list[tuple[weakref.ref[Entry], int]] = []
 
-    def forget_used(self) -> None:
-        """Take what is used or gone off the count of bytes ahead."""
-        while self.ahead:
-            entry = self.ahead[0][0]()
-            if entry and not entry.awaited:
-                return
-            self.ahead_bytes -= self.ahead.popleft()[1]
+    def ahead_bytes(self) -> int:
+        """Of what is back and not used yet."""
+        there = [(ref, nbytes) for ref, nbytes in self._ahead if (entry := ref()) and not entry.awaited]
+        self._ahead = there
+        return sum(nbytes for _, nbytes in there)
+
+    def add_ahead(self, entry: Entry) -> None:
+        """Count what was asked for early."""
+        self._ahead.append((weakref.ref(entry), entry.nbytes))
+
+    def missed(self, index: int) -> None:
+        """An entry had to be brought back when it was needed: the prefetch may have lost its way.
+
+        Above the cursor, go on from there. Below it, a tensor that many blocks share is used out of order; a
+        part of the graph that backward leaves out is passed over after some misses.
+        """
+        self.below = 0 if index >= self.cursor else self.below + 1
+        if self.below > STRAYS:
+            self._ahead = []  # of the part that is left out
+        if self.below == 0 or self.below > STRAYS:
+            self.cursor, self.below = index, 0
 
 
 class Storage:
@@ -93,6 +113,7 @@ class Entry:
         self.lane, self.line, self.statistics, self._pool = lane, line, statistics, pool
         self.index, self.candidate = len(line.order), candidate
         self.start, self.nbytes = start, source.numel()
+        self.before_bytes = line.nbytes  # of the entries before it
         self.end = start + self.nbytes
         self.handles: list[weakref.ref[Handle]] = []
         self.version = version

@@ -177,7 +177,10 @@ class Offloader:
 
     def _begin(self) -> None:
         """A new step: its own statistics and order; what is held is looked up anew."""
-        last, self._step = self._step.statistics, Step()
+        last = self._step.statistics
+        for device, lane in self._lanes.items():
+            lane.expected_bytes = line.nbytes if (line := self._step.lines.get(device)) else None
+        self._step = Step()
         if self._chooser:
             self._chooser.begin(last)
             self._set_inflight()
@@ -185,7 +188,7 @@ class Offloader:
                 self._step.statistics.predicted_peak_bytes, self._step.statistics.predicted_exposed_ms = found
         self._purge(keep_decisions=False)
         for lane in self._lanes.values():
-            self._release(lane)
+            self._release(lane, Line())
         self.hold(*self._held)
 
     def _pack(self, tensor: Tensor) -> Kept | Handle:
@@ -226,8 +229,7 @@ class Offloader:
                 self._step.statistics.skip(reason, tensor.numel() * tensor.element_size())
                 return Kept(tensor)
             handle = Handle(self._unpack, entry, tensor, entry.version)
-            self._step.deferred.append(weakref.ref(entry))
-            self._send_overdue()
+            self._send_overdue(entry)
             return handle
         if entry.block:
             entry.statistics.tensors += 1
@@ -269,6 +271,7 @@ class Offloader:
             lane, line, step.statistics, self._pool, source, start, Version(tensor), candidate.index
         )
         line.order.append(weakref.ref(entry))
+        line.nbytes += entry.nbytes
         known.entries = [ref for ref in known.entries if ref() is not None]
         known.entries.append(weakref.ref(entry))
         return entry
@@ -277,14 +280,34 @@ class Offloader:
         inflight = self.options.inflight_bytes(self._largest)
         self._inflight = self._chooser.inflight_bytes(inflight) if self._chooser else inflight
 
-    def _send_overdue(self) -> None:
-        """Copy out all but the last `skip_last` entries, then let sources go that are too many."""
-        deferred = self._step.deferred
-        while len(deferred) > self.options.skip_last:
-            if entry := deferred.popleft()():
+    def _send_overdue(self, new: Entry) -> None:
+        """Copy out all but the last `skip_last` entries and those that would still be here when backward
+        begins, then let sources go that are too many."""
+        line, skip_last = new.line, self.options.skip_last
+        line.unsent.append((weakref.ref(new), new.nbytes))
+        if len(line.unsent) > skip_last:
+            line.overdue_bytes += line.unsent[-1 - skip_last][1]
+        while len(line.unsent) > skip_last:
+            ref, nbytes = line.unsent[0]
+            entry = ref()
+            if entry and self._stays_anyway(entry):
+                break
+            line.unsent.popleft()
+            line.overdue_bytes -= nbytes
+            if entry:
                 self._send(entry)
-        for lane in self._lanes.values():
-            self._release(lane)
+        self._release(new.lane, line)
+
+    def _stays_anyway(self, entry: Entry) -> bool:
+        """Whether backward will begin before its source has to go, if this step is like the last one.
+
+        Its copy would be for nothing, and in the way: one engine copies for every stream, so that a model
+        that reads one number back at the end of its forward would wait for all that is queued.
+        """
+        line, expected = entry.line, entry.lane.expected_bytes
+        if expected is None or line.nbytes > expected:
+            return False
+        return entry.before_bytes >= expected - self._inflight
 
     def _send(self, entry: Entry) -> None:
         statistics = entry.statistics
@@ -314,12 +337,13 @@ class Offloader:
         if device.overlaps:
             statistics.overlaps()
 
-    def _release(self, lane: Lane) -> None:
+    def _release(self, lane: Lane, line: Line) -> None:
         """Drop the oldest sources until few enough are in flight; compute waits where a copy is not done."""
         while lane.leaving:
             ref, nbytes = lane.leaving[0]
             entry = ref()
-            few = len(lane.leaving) == 1 or lane.leaving_bytes <= self._inflight
+            inflight = lane.leaving_bytes + line.overdue_bytes
+            few = nbytes == inflight or inflight <= self._inflight  # one is always allowed
             if entry is not None and few:
                 return
             lane.leaving.popleft()
@@ -342,6 +366,7 @@ class Offloader:
             if entry.restored is None:
                 entry.restored = entry.borrowed()
             if entry.restored is None:
+                entry.line.missed(entry.index)
                 self._fetch(entry)
             data = self._ready(entry)
             handle.turn = entry.turn
@@ -405,17 +430,16 @@ class Offloader:
             return
         line, task = entry.line, torch._C._current_graph_task_id()
         if task != line.task:
-            line.task, line.cursor = task, entry.index
-        line.cursor = min(line.cursor, entry.index)
-        line.forget_used()
+            line.task, line.cursor, line.below = task, entry.index, 0
+        ahead = line.ahead_bytes()
         while line.cursor > 0:
             other = line.order[line.cursor - 1]()
             if other and other.source is None and other.restored is None and other.consumed_by != task:
-                if line.ahead and line.ahead_bytes + other.nbytes > self._inflight:
+                if ahead and ahead + other.nbytes > self._inflight:
                     return
                 self._fetch(other)
-                line.ahead.append((weakref.ref(other), other.nbytes))
-                line.ahead_bytes += other.nbytes
+                line.add_ahead(other)
+                ahead += other.nbytes
             line.cursor -= 1
 
     # Identity

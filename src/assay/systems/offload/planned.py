@@ -47,7 +47,7 @@ def plan_activations(
 
     The target bounds what is allocated beside weights, gradients and all else that is there when the step
     begins; on the CPU, what autograd saves.
-    `step` is one forward and backward of the model, which runs three times and must fit without a plan; where
+    `step` is one forward and backward of the model, which runs four times and must fit without a plan; where
     it does not, give a step of a smaller batch, and in `scale` how often it goes into the true one.
     Gradients that were None before are None afterwards. The other options are those of PlannedOffloader.
 
@@ -55,10 +55,7 @@ def plan_activations(
     """
     if scale <= 0:
         raise UsageError("scale is too small", expected="> 0", got=scale)
-    fresh = [parameter for parameter in model.parameters() if parameter.grad is None]
     profile = profile_step(step, blocks, model, min_bytes=min_bytes, device=device).scaled(scale)
-    for parameter in fresh:
-        parameter.grad = None
     plan = make_plan(profile, target_bytes=int(target_mib * MIB))
     return PlannedOffloader(
         plan,

@@ -2,17 +2,16 @@
 
     profile = profile_step(lambda: model(ids_BT, labels=ids_BT).loss.backward(), model.model.layers)
 
-Runs the step three times: to warm up, to read memory, to read the clock. The two readings are apart since
-asking the allocator at every saved tensor slows the host. The clock is the device's: it is held back until
-the host is ahead, so that what the host takes for these readings does not count as compute.
+Runs the step four times: to warm up, to read memory, to read the clock at every saved tensor, and to read it
+at blocks alone. Asking the allocator slows the host, and so does being told of every saved tensor: where
+that shows on the clock, the last reading is what a step takes, and the one before divides it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from assay.errors import UsageError
 from assay.systems.offload.devices import Device, measure_link, open_device
 from assay.systems.offload.entries import Kept
 from assay.systems.offload.hooks import Offloader
-from assay.systems.offload.options import MIB, Options
+from assay.systems.offload.options import MIB, Options, held_tensors
 from assay.systems.offload.plan import BlockProfile, Link, Piece, Profile
 from assay.systems.offload.storages import is_plain, weak
 
@@ -40,21 +39,38 @@ def profile_step(
     min_bytes: int = MIB,
     device: str | None = None,
 ) -> Profile:
-    """Measure a step: one forward and one backward, without the optimizer. It runs three times.
+    """Measure a step: one forward and one backward, without the optimizer. It runs four times.
 
     `blocks` run once each, one after another, such as `model.model.layers`. `held`, `min_bytes` and `device`
-    are those of the offloader. On CUDA the allocator's peak statistics are reset, and gradients are
-    accumulated as by any step. On the CPU no memory but what is saved is known.
+    are those of the offloader. Gradients of `held` and of the blocks that are None before are so before each
+    run, and afterwards. On CUDA the allocator's peak statistics are reset. On the CPU no memory but what is
+    saved is known.
 
     Raises UsageError where there is no backward, or a block does not run once.
     """
-    step()
+    everything = (*held_tensors(held), *held_tensors(list(blocks)))
+    fresh = [tensor for tensor in everything if tensor.is_leaf and tensor.grad is None]
     options = Options(min_bytes=min_bytes, device=device)
-    memory = _observed(step, blocks, held, options, memory=True)
-    clock = _observed(step, blocks, held, options, memory=False, behind_ms=memory.host_ms)
+    with _forgetting_gradients(fresh):
+        step()
+    with _forgetting_gradients(fresh):
+        memory = _observed(step, blocks, held, options, memory=True)
+    with _forgetting_gradients(fresh):
+        clock = _observed(step, blocks, held, options, memory=False)
+    with _forgetting_gradients(fresh):
+        plain = _timed(step, blocks, open_device(clock.where))
     if [saved.nbytes for saved in memory.saved] != [saved.nbytes for saved in clock.saved]:
         raise UsageError("two steps saved different tensors", expected="steps that do the same work")
-    return _profile(memory, clock, measure_link(open_device(clock.where)))
+    return _profile(memory, clock, plain, measure_link(open_device(clock.where)))
+
+
+@contextlib.contextmanager
+def _forgetting_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.grad = None
 
 
 @dataclass
@@ -100,20 +116,17 @@ class _Observer(Offloader):
         self._live = self._base = 0
         self._known: dict[int, _Saved] = {}
         self._uses: list[tuple[_Saved | None, int]] = []  # in backward, and the peak since the one before
-        self.host_ms = 0.0  # until the host was done with the step
+        self.at_ms: Callable[[Any], float] = self.since_start  # of an event
 
-    def run(self, step: Callable[[], object], behind_ms: float) -> None:
-        """One step, with the device `behind_ms` behind the host at first."""
+    def run(self, step: Callable[[], object]) -> None:
+        """One step."""
         self._device.peak_bytes()
         self._base = self._device.peak_bytes() if self._memory else 0
-        began = time.perf_counter()
-        self._device.delay(behind_ms)
         self.started = self._now()
         with self:
             step()
         self._read_backward(None)
         self.ended = self._now()
-        self.host_ms = (time.perf_counter() - began) * 1e3
         self._place_backward_memory()
 
     def enter(self, block: int, args: object) -> None:
@@ -197,8 +210,14 @@ class _Observer(Offloader):
         return self._device.record(self._device.compute(), True)
 
     def since_start(self, event: Any) -> float:
-        """Milliseconds."""
+        """Milliseconds, as they were."""
         return self._device.elapsed_ms(self.started, event)
+
+    def marks_ms(self) -> list[float]:
+        """Begin of the step, begins and ends of blocks in order, end of the step."""
+        ran = [section for section in self.sections if section.block is not None]
+        events = [event for section in ran for event in (section.start, section.end)]
+        return [0.0, *map(self.since_start, events), self.since_start(self.ended)]
 
 
 class _Watched:
@@ -220,11 +239,10 @@ def _observed(
     held: tuple[object, ...],
     options: Options,
     memory: bool,
-    behind_ms: float = 0.0,
 ) -> _Observer:
     observer = _Observer(held, options, memory)
     with _watching(blocks, observer):
-        observer.run(step, behind_ms)
+        observer.run(step)
     ran = [section.block for section in observer.sections if section.block is not None]
     for block in range(len(blocks)):
         if ran.count(block) != 1:
@@ -237,8 +255,46 @@ def _observed(
     return observer
 
 
+class _Stopwatch:
+    """Told of blocks only."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.marks = [self._now()]
+
+    def enter(self, _block: int, _args: object) -> None:
+        self.marks.append(self._now())
+
+    def leave(self) -> None:
+        self.marks.append(self._now())
+
+    def _now(self) -> Any:
+        return self._device.record(self._device.compute(), True)
+
+
+def _timed(step: Callable[[], object], blocks: Sequence[nn.Module], device: Device) -> list[float]:
+    """What _Observer.marks_ms has, of a step in which nothing else is observed."""
+    watch = _Stopwatch(device)
+    with _watching(blocks, watch):
+        step()
+    watch.leave()
+    return [device.elapsed_ms(watch.marks[0], mark) for mark in watch.marks]
+
+
+def _stretch(found: Sequence[float], true: Sequence[float]) -> Callable[[float], float]:
+    """Maps times so that each mark found falls on the true one, evenly in between."""
+
+    def at(ms: float) -> float:
+        k = min(max(bisect_right(found, ms) - 1, 0), len(found) - 2)
+        span = found[k + 1] - found[k]
+        share = (ms - found[k]) / span if span > 0 else 0.0
+        return true[k] + share * (true[k + 1] - true[k])
+
+    return at
+
+
 @contextlib.contextmanager
-def _watching(blocks: Sequence[nn.Module], observer: _Observer) -> Iterator[None]:
+def _watching(blocks: Sequence[nn.Module], observer: _Observer | _Stopwatch) -> Iterator[None]:
     """Tell the observer when blocks begin and end."""
 
     def begin(block: int) -> Callable[..., None]:
@@ -251,8 +307,10 @@ def _watching(blocks: Sequence[nn.Module], observer: _Observer) -> Iterator[None
         yield
 
 
-def _profile(memory: _Observer, clock: _Observer, link: Link) -> Profile:
-    """The pieces in order: memory of one pass, times of the other."""
+def _profile(memory: _Observer, clock: _Observer, plain_ms: Sequence[float], link: Link) -> Profile:
+    """The pieces in order: memory of one pass, times of another, which take as long as in the last one."""
+    stretched = _stretch(clock.marks_ms(), plain_ms)
+    clock.at_ms = lambda event: stretched(clock.since_start(event))
     for read, timed in zip(memory.saved, clock.saved, strict=True):
         timed.forward_bytes, timed.backward_bytes = read.forward_bytes, read.backward_bytes
     ordered = [(section, *_input_and_rest(section)) for section in clock.sections]
@@ -263,14 +321,14 @@ def _profile(memory: _Observer, clock: _Observer, link: Link) -> Profile:
         order += [(section.block, [saved], False) for saved in rest]
     uses, last = [], 0.0
     for _, group, _ in reversed(order):
-        times = [clock.since_start(saved.unpacked) for saved in group if saved.unpacked is not None]
+        times = [clock.at_ms(saved.unpacked) for saved in group if saved.unpacked is not None]
         last = max([last, *times])
         uses.append(last)
     uses.reverse()
     pieces: list[Piece] = []
-    saved_at, ended = 0.0, clock.since_start(clock.ended)
+    saved_at, ended = 0.0, clock.at_ms(clock.ended)
     for k, (block, group, is_input) in enumerate(order):
-        times = [clock.since_start(saved.packed) for saved in group]
+        times = [clock.at_ms(saved.packed) for saved in group]
         at = max([saved_at, *times])
         pieces.append(
             Piece(
@@ -301,7 +359,7 @@ def _blocks(clock: _Observer, pieces: Sequence[Piece]) -> tuple[BlockProfile, ..
             continue
         own = [piece for piece in pieces if piece.block == section.block]
         found[section.block] = BlockProfile(
-            forward_ms=clock.since_start(section.end) - clock.since_start(section.start),
+            forward_ms=clock.at_ms(section.end) - clock.at_ms(section.start),
             backward_ms=sum(piece.after_ms for piece in own),
             saved_bytes=sum(piece.nbytes for piece in own),
             movable_bytes=sum(piece.movable_bytes for piece in own),

@@ -92,7 +92,9 @@ class Step:
         for piece in pieces:
             grown += 0 if piece.is_input else piece.nbytes
             worst = max(worst, grown + piece.forward_bytes)
-        again = _Again(at, own.forward_ms, grown, worst)
+        # what is there in all of its backward, such as gradients, is there when it runs again
+        beside = min((piece.backward_bytes for piece in pieces if piece.backward_bytes), default=0)
+        again = _Again(at, own.forward_ms, grown, worst + beside)
         return _Part(last, stays, leaves, frees, again)
 
 
