@@ -263,9 +263,11 @@ def main() -> None:
     print(f"{given.shape}, {given.batch} x {given.length}, {given.dtype}; profiled in {bench.took_s:.1f} s")
     if given.profile_to:
         given.profile_to.write_text(json.dumps(dataclasses.asdict(bench.profile)))
-    largest = max(piece.movable_bytes for piece in bench.profile.pieces)
-    options = Options(max_inflight_bytes=given.max_inflight_bytes or None)
-    describe(bench.profile, len(bench.blocks), options.inflight_bytes(largest))
+    inflight = Options(max_inflight_bytes=given.max_inflight_bytes or None).inflight_bytes(
+        0, bench.profile.saved_bytes
+    )
+    # what is saved outside blocks is saved last, and stays within that
+    describe(bench.profile, len(bench.blocks), max(0, inflight - bench.profile.outside_bytes))
     arms: list[Arm] = []
     for policy in given.policy.split(","):
         arm = bench.arm(policy)

@@ -7,6 +7,7 @@ are held. An entry lives as long as the graph holds one of its views; what it to
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -27,13 +28,45 @@ __all__ = ["Entry", "Handle", "Kept", "Lane", "Line", "Step", "Storage"]
 STRAYS = 3
 
 
+class Queue:
+    """Entries, oldest first, and the bytes of them; some may be gone."""
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[weakref.ref[Entry], int]] = deque()
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def append(self, entry: Entry) -> None:
+        self._entries.append((weakref.ref(entry), entry.nbytes))
+        self.nbytes += entry.nbytes
+
+    def oldest(self) -> tuple[Entry | None, int]:
+        """And its bytes."""
+        ref, nbytes = self._entries[0]
+        return ref(), nbytes
+
+    def popleft(self) -> None:
+        self.nbytes -= self._entries.popleft()[1]
+
+    def newest_bytes(self, count: int) -> int:
+        """Of so many at most."""
+        return sum(nbytes for _, nbytes in itertools.islice(reversed(self._entries), count))
+
+    def forget_used(self) -> None:
+        """Drop those at the end that are gone: backward uses the newest first."""
+        while self._entries and self._entries[-1][0]() is None:
+            self.nbytes -= self._entries.pop()[1]
+
+
 class Lane:
-    """A device with its copy streams, and the entries whose source waits for its copy out, oldest first."""
+    """A device with its copy streams, and the entries whose source waits for its copy out."""
 
     def __init__(self, device: Device) -> None:
         self.device, self.out, self.back = device, device.stream(), device.stream()
-        self.leaving: deque[tuple[weakref.ref[Entry], int]] = deque()
-        self.leaving_bytes = 0
+        self.leaving = Queue()
+        self.largest = 0  # entry so far
         self.expected_bytes: int | None = None  # of all entries of a step, as the last one had
 
 
@@ -52,8 +85,7 @@ class Line:
     def __init__(self) -> None:
         self.order: list[weakref.ref[Entry]] = []
         self.nbytes = 0  # of all entries so far
-        self.unsent: deque[tuple[weakref.ref[Entry], int]] = deque()
-        self.overdue_bytes = 0  # of them, without those that never leave
+        self.unsent = Queue()
         self.cursor = 0  # in the order: all from here on need no prefetch
         self.task: int | None = None  # the backward that the cursor belongs to
         self.below = 0  # entries below the cursor that were missed in succession

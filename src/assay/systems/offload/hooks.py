@@ -63,8 +63,8 @@ def offload_activations(
 
     min_bytes: storages smaller than this stay.
     max_inflight_bytes: device bytes that may wait for their copy out, and that may be brought back early; one
-        tensor is always allowed. Beyond it compute waits for copies. Default: four times the largest storage
-        that left, or 1 GiB where that is more.
+        tensor is always allowed. Beyond it compute waits for copies. Default: 1 GiB, or where that is more
+        four times the largest storage in the first step, and then a third of what the last one offered.
     prefetch: bring back in reverse order of saving, ahead of need; else each when it is needed.
     pin: pinned host memory. Without it every copy makes the host wait.
     skip_last: so many storages, the last ones saved before backward, are never copied.
@@ -106,8 +106,6 @@ class Offloader:
         self._chooser = (
             None if target is None else Chooser(int(target * MIB), self.options.max_inflight_bytes, pin)
         )
-        self._largest = 0  # that left
-        self._inflight = self.options.inflight_bytes(0)
         self._depth = 0
         self._contexts: list[torch.autograd.graph.saved_tensors_hooks] = []
         self._lanes: dict[torch.device, Lane] = {}
@@ -179,11 +177,11 @@ class Offloader:
         """A new step: its own statistics and order; what is held is looked up anew."""
         last = self._step.statistics
         for device, lane in self._lanes.items():
-            lane.expected_bytes = line.nbytes if (line := self._step.lines.get(device)) else None
+            if line := self._step.lines.get(device):
+                lane.expected_bytes = line.nbytes
         self._step = Step()
         if self._chooser:
             self._chooser.begin(last)
-            self._set_inflight()
             if found := self._chooser.predicted():
                 self._step.statistics.predicted_peak_bytes, self._step.statistics.predicted_exposed_ms = found
         self._purge(keep_decisions=False)
@@ -260,9 +258,7 @@ class Offloader:
         if self._chooser and not self._chooser.leaves(candidate.index, candidate.nbytes, lane.device):
             known.stays = "target"
             return None
-        if end - start > self._largest:
-            self._largest = end - start
-            self._set_inflight()
+        lane.largest = max(lane.largest, end - start)
         line = step.lines.setdefault(tensor.device, Line())
         while line.order and line.order[-1]() is None:  # several steps may share one `with`
             line.order.pop()
@@ -276,24 +272,21 @@ class Offloader:
         known.entries.append(weakref.ref(entry))
         return entry
 
-    def _set_inflight(self) -> None:
-        inflight = self.options.inflight_bytes(self._largest)
-        self._inflight = self._chooser.inflight_bytes(inflight) if self._chooser else inflight
+    def _inflight(self, lane: Lane) -> int:
+        """The bytes of a device that may be in flight now."""
+        inflight = self.options.inflight_bytes(lane.largest, lane.expected_bytes)
+        return self._chooser.inflight_bytes(inflight) if self._chooser else inflight
 
     def _send_overdue(self, new: Entry) -> None:
         """Copy out all but the last `skip_last` entries and those that would still be here when backward
         begins, then let sources go that are too many."""
-        line, skip_last = new.line, self.options.skip_last
-        line.unsent.append((weakref.ref(new), new.nbytes))
-        if len(line.unsent) > skip_last:
-            line.overdue_bytes += line.unsent[-1 - skip_last][1]
-        while len(line.unsent) > skip_last:
-            ref, nbytes = line.unsent[0]
-            entry = ref()
+        line = new.line
+        line.unsent.append(new)
+        while len(line.unsent) > self.options.skip_last:
+            entry, _ = line.unsent.oldest()
             if entry and self._stays_anyway(entry):
                 break
             line.unsent.popleft()
-            line.overdue_bytes -= nbytes
             if entry:
                 self._send(entry)
         self._release(new.lane, line)
@@ -307,7 +300,7 @@ class Offloader:
         line, expected = entry.line, entry.lane.expected_bytes
         if expected is None or line.nbytes > expected:
             return False
-        return entry.before_bytes >= expected - self._inflight
+        return entry.before_bytes >= expected - self._inflight(entry.lane)
 
     def _send(self, entry: Entry) -> None:
         statistics = entry.statistics
@@ -326,8 +319,7 @@ class Offloader:
         device.copy(lane.out, block.data[: entry.nbytes], source)
         entry.block, entry.sent = block, device.record(lane.out)
         block.busy = [entry.sent]
-        lane.leaving.append((weakref.ref(entry), entry.nbytes))
-        lane.leaving_bytes += entry.nbytes
+        lane.leaving.append(entry)
         statistics.storages += 1
         statistics.tensors += len(entry.handles)
         statistics.bytes_out += entry.nbytes
@@ -339,15 +331,15 @@ class Offloader:
 
     def _release(self, lane: Lane, line: Line) -> None:
         """Drop the oldest sources until few enough are in flight; compute waits where a copy is not done."""
+        limit = self._inflight(lane)
+        waiting = line.unsent.nbytes - line.unsent.newest_bytes(self.options.skip_last)
         while lane.leaving:
-            ref, nbytes = lane.leaving[0]
-            entry = ref()
-            inflight = lane.leaving_bytes + line.overdue_bytes
-            few = nbytes == inflight or inflight <= self._inflight  # one is always allowed
+            entry, nbytes = lane.leaving.oldest()
+            inflight = lane.leaving.nbytes + waiting
+            few = nbytes == inflight or inflight <= limit  # one is always allowed
             if entry is not None and few:
                 return
             lane.leaving.popleft()
-            lane.leaving_bytes -= nbytes
             if entry is not None:
                 self._stall(entry, entry.stream, entry.sent)
                 entry.source = None
@@ -431,11 +423,15 @@ class Offloader:
         line, task = entry.line, torch._C._current_graph_task_id()
         if task != line.task:
             line.task, line.cursor, line.below = task, entry.index, 0
+        lane = entry.lane
+        for queue in (line.unsent, lane.leaving):
+            queue.forget_used()
+        limit = self._inflight(lane) - line.unsent.nbytes - lane.leaving.nbytes  # these are here still
         ahead = line.ahead_bytes()
         while line.cursor > 0:
             other = line.order[line.cursor - 1]()
             if other and other.source is None and other.restored is None and other.consumed_by != task:
-                if ahead and ahead + other.nbytes > self._inflight:
+                if ahead and ahead + other.nbytes > limit:
                     return
                 self._fetch(other)
                 line.add_ahead(other)

@@ -24,7 +24,8 @@ __all__ = [
 
 MIB = 2**20
 LEAST_INFLIGHT = 1024 * MIB
-LARGEST_INFLIGHT = 4
+LARGEST_INFLIGHT = 4  # of the largest storage, in a first step
+TOTAL_INFLIGHT = 3  # a third of all, from then on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,11 @@ class Options:
         if self.target_mib is not None and self.target_mib <= 0:
             raise UsageError("target_mib is too small", expected="> 0", got=self.target_mib)
 
-    def inflight_bytes(self, largest: int) -> int:
-        """What may be in flight where the largest storage that left had so many bytes."""
+    def inflight_bytes(self, largest: int, total: int | None) -> int:
+        """What may be in flight, given the largest storage so far and, once known, all bytes of a step."""
         if self.max_inflight_bytes is not None:
             return self.max_inflight_bytes
-        return max(LEAST_INFLIGHT, LARGEST_INFLIGHT * largest)
+        return max(LEAST_INFLIGHT, LARGEST_INFLIGHT * largest if total is None else total // TOTAL_INFLIGHT)
 
 
 def held_tensors(held: object) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ def simulate(profile: Profile, choices: Sequence[Choice], max_inflight_bytes: in
     """Walk through forward and backward with the offloader's queues. `choices` has one for each block.
 
     Sources leave in the order of bytes: the last `max_inflight_bytes` of them stay until backward uses
-    them; compute waits where more are queued. As many bytes again come back ahead of their use.
+    them; compute waits where more are queued. As many bytes, with those that stayed, are back ahead of use.
     """
     return Step(profile).simulate(choices, max_inflight_bytes)
 
@@ -110,7 +110,9 @@ class _Walk:
         self.now = self.exposed = self._back_free = 0.0
         self.peak = 0
         self._here = 0  # bytes on the device that do not travel
+        self._staying = 0  # of them, bytes that were to leave and are not used yet
         self._ahead = 0  # bytes that come back and are not used yet
+        self._there = 0  # from this piece on sources are where they were
         self._away: list[int] = []  # pieces that are to be asked for, the next one last
         self._arrives: dict[int, float] = {}
 
@@ -134,9 +136,9 @@ class _Walk:
             if here + waiting + others > peak:
                 peak = here + waiting + others
         self.now += self._step.profile.turn_ms
-        self.peak, self._here = peak, here + waiting
-        there = leaving[0][0] if leaving else len(self.leaves)  # from here on sources are where they were
-        self._away = [k for k, leaves in enumerate(self.leaves[:there]) if leaves]
+        self.peak, self._here, self._staying = peak, here + waiting, waiting
+        self._there = leaving[0][0] if leaving else len(self.leaves)
+        self._away = [k for k, leaves in enumerate(self.leaves[: self._there]) if leaves]
 
     def backward(self) -> None:
         for k in range(len(self.leaves) - 1, -1, -1):
@@ -153,6 +155,8 @@ class _Walk:
                 self.peak = self._here + self._ahead + others
             self.now += ms
             self._here -= self._frees[k]
+            if k >= self._there:
+                self._staying -= self.leaves[k]
 
     def _use(self, k: int) -> None:
         """Wait for a piece if it travels; then ask for those before it."""
@@ -163,7 +167,7 @@ class _Walk:
             self._wait(self._arrives.pop(k))
             self._ahead -= leaves[k]
             self._here += leaves[k]
-        while away and (not self._ahead or self._ahead + leaves[away[-1]] <= self._inflight):
+        while away and (not self._ahead or self._ahead + self._staying + leaves[away[-1]] <= self._inflight):
             self._fetch()
 
     def _fetch(self) -> None:
