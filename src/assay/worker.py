@@ -202,7 +202,6 @@ class Runner:
     def measure_memory(self) -> Memory:
         """The peaks of one step, by phase, while no other arm works."""
         trial = self._timed()
-        memory.release_host_memory()
         trial.reset()
         with memory.MemoryProbe(self.case.device) as probe:
             trial.step(probe.mark)
@@ -328,14 +327,11 @@ class Runner:
         Returns a digest of names and counts, and on CUDA the time in which kernels ran by phase, ns. Each
         phase ends synchronised here, so that its kernels are its own.
         """
-        import torch
-        from torch.profiler import ProfilerActivity, profile, record_function
+        # torch.profiler is this with more around it, and imports torch._inductor: seconds
+        from torch.autograd.profiler import profile, record_function
 
         trial = self._timed()
-        kinds = [ProfilerActivity.CPU]
-        cuda = self.case.device.startswith("cuda") and torch.cuda.is_available()
-        if cuda:
-            kinds.append(ProfilerActivity.CUDA)
+        cuda = self.case.device.startswith("cuda")
         synchronize = clock.for_device(self.case.device).synchronize
 
         def end(phase: str) -> None:
@@ -344,7 +340,8 @@ class Runner:
                 pass
 
         trial.reset()
-        with profile(activities=kinds, acc_events=True) as run:
+        device_type = "cuda" if cuda else None
+        with profile(use_device=device_type, use_kineto=True, acc_events=True) as run:
             trial.step(end if cuda else clock.ignore)
             synchronize()
         averages = [e for e in run.key_averages() if not e.key.startswith(PHASE_END)]
@@ -352,7 +349,7 @@ class Runner:
         for name, count in found:
             counters[f"ops.{name}"] = count
         digest = hashlib.sha256(repr(found).encode()).hexdigest()[:12] if found else ""
-        return digest, kernel_times_ns(run.events())
+        return digest, kernel_times_ns(run.function_events)
 
     # -- helpers ----------------------------------------------------------------------------------
 
