@@ -42,7 +42,7 @@ COLUMNS = [*dict.fromkeys(PARTS.values())]
 
 
 class Stretch:
-    """The time from one worker's answer to Open to the last one's end, and the waits in it by part and arm."""
+    """A time that ends with the last of some workers, and the waits in it by part and arm."""
 
     def __init__(self, begin: float) -> None:
         self.begin = self.end = begin
@@ -117,6 +117,7 @@ def show(stretches: Sequence[Stretch], records: Sequence[Record]) -> None:
     launches = [s for s in stretches if s.launch]
     for s in stretches:
         line(f"launch {launches.index(s)}" if s.launch else "before the launches", whole(s))
+    print(f"in all {stretches[-1].end - stretches[0].begin:.2f}")
     later = launches[1:] or launches
     line("median", [statistics.median(column) for column in zip(*map(whole, later), strict=True)])
     for arm in dict.fromkeys(arm for s in later for _, arm in s.waits):

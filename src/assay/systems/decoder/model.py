@@ -77,7 +77,7 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        # a custom operator's first call imports torch._dynamo: seconds, which a model that is not compiled saves
+        # a custom operator's first call imports torch._dynamo: seconds that a model not compiled can save
         turn = opaque_turns if torch.compiler.is_compiling() else turns
         cos_TD, sin_TD = turn(self.inv_freq, positions_T)
         return cos_TD, sin_TD
@@ -91,7 +91,7 @@ def turns(inv_freq_D: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("assay::rotary_turns", mutates_args=())
 def opaque_turns(inv_freq_D: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """`turns` for torch.compile, which would else compute them again for every element of queries and keys."""
+    """Opaque to torch.compile, which would else compute them for every element of every query and key."""
     return turns(inv_freq_D, positions_T)
 
 
