@@ -24,7 +24,7 @@ from assay.wire import Open
 from tests.sessions import Listener, tiny
 
 MODEL = """
-import json, os, signal, sys, threading
+import atexit, json, os, signal, sys, threading
 import torch
 from torch import nn
 
@@ -57,6 +57,7 @@ def build():
     if os.path.exists("look"):
         seen = {"prefix": sys.prefix, "threads": torch.get_num_threads(), "cwd": os.getcwd()}
         open("seen.json", "w").write(json.dumps(seen))
+        atexit.register(open, "left", "w")
     return Model()
 """
 SMALL = ["--workload", "infer", "--seq-length", "16", "--device", "cpu", "--warmup-steps", "1"]
@@ -113,6 +114,7 @@ def test_arm_runs_under_its_own_interpreter_environment_and_folder(model: str, t
     assert theirs.environment.variables["OMP_NUM_THREADS"] == "1"
     assert (theirs.arm.python, theirs.arm.cwd) == (str(python), str(folder))
     assert not (tmp_path / "seen.json").exists()
+    assert (folder / "left").exists()
     assert "a word on standard output" not in done.stdout
 
 

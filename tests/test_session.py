@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from assay import session
+from assay.channel import Channel
 from assay.errors import UsageError
 from assay.measure.record import Case, Status
 from assay.measure.store import read_records, read_samples
@@ -20,6 +22,7 @@ from assay.wire import (
     Finish,
     Gate,
     MeasureMemory,
+    Open,
     Oracle,
     Reply,
     Request,
@@ -38,6 +41,7 @@ from tests.sessions import (
     at_request,
     at_sample,
     play,
+    scripted_plan,
     statuses,
 )
 
@@ -82,6 +86,34 @@ def test_memory_is_traced_where_that_is_asked_for_and_kept_in_the_record() -> No
     assert [r.timeline for r in records] == [TIMELINE, TIMELINE]
     traced = [w for w in stage.opened if w.count(TraceMemory)]
     assert [type(r) for r in traced[0].asked[:3]] == [Build, MeasureMemory, TraceMemory]
+
+
+def test_workers_start_ahead_while_nothing_is_timed_and_none_starts_for_nothing() -> None:
+    told: list[str] = []
+
+    def tell(arm: Scripted, request: Request) -> None:
+        told.append(f"{type(request).__name__} {arm.opening.arm.name}")
+
+    stage = Stage(faults=dict.fromkeys("abc", tell))
+
+    def connect(opening: Open, scratch: Path, timeout_s: float) -> Channel:
+        told.append(f"start {opening.arm.name}")
+        return stage.connect(opening, scratch, timeout_s)
+
+    plan = scripted_plan("abc", launches=1, benchmark_steps=2)
+    records = session.run(plan, None, Listener(), connect=connect).records
+    assert [r.status for r in records] == [Status.OK] * 4
+    told = [t for t in told if t.split()[0] in ("start", "Oracle", "Check", "Sample", "Finish")]
+    assert told[:9] == [
+        *("start a", "start a", "start b", "start c", "Oracle a"),
+        *("Check a", "Check b", "start a", "start b"),
+    ]
+    sampled = [n for n, t in enumerate(told) if t.startswith("Sample")]
+    for launch in (sampled[:4], sampled[4:]):
+        assert launch == list(range(launch[0], launch[0] + 4))
+    assert told[sampled[3] + 1 : sampled[3] + 4] == ["start a", "start c", "Finish a"]
+    assert sum(t.startswith("start") for t in told) == len(stage.opened) == 1 + 3 + 2 * 2
+    assert all(channel.closed for channel in stage.opened)
 
 
 def test_observer_is_told_of_every_launch_block_and_record() -> None:

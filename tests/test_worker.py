@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from assay import plugins
@@ -15,6 +18,7 @@ from assay.contracts import Case, Claim, Options, Variant
 from assay.errors import Unavailable, UsageError
 from assay.measure.record import Arm, Record, Status
 from assay.measure.store import read_records, read_samples
+from assay.plan import make_plan
 from assay.systems.decoder.shapes import SHAPES
 from assay.wire import (
     Build,
@@ -466,3 +470,19 @@ def test_a_requirement_that_is_not_met_is_unavailable(
         opening = Open(case=case, arm=Arm(name="x", target="eager"), scratch=str(tmp_path), weights="shared")
         with pytest.raises(Unavailable, match=said):
             open_runner(opening)
+
+
+@pytest.mark.parametrize("workload", ["infer", "train", "generate"])
+def test_arm_that_compiles_nothing_does_not_import_the_compiler(workload: str, tmp_path: Path) -> None:
+    case = make_plan(tiny(["eager", "eager"], workload)).cases[0]
+    opening = Open(case=case, arm=Arm(name="a", target="eager"), scratch=str(tmp_path), weights="own")
+    (tmp_path / "opening").write_bytes(msgspec.msgpack.encode(opening))
+    code = (
+        "import sys; from pathlib import Path; import msgspec; from assay.wire import Open\n"
+        "from assay.worker import open_runner\n"
+        "runner = open_runner(msgspec.msgpack.decode(Path(sys.argv[1]).read_bytes(), type=Open))\n"
+        "runner.build(); runner.measure_memory(); runner.warm(1); runner.sample(1)\n"
+        "assert runner.finish(profile=True).operators\n"
+        "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "opening")], check=True)

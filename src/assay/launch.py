@@ -62,12 +62,15 @@ class Launcher:
         self.workers, self.interrupt = workers, interrupt
         self._waiting: dict[str, Channel] = {}  # the next launch's workers, importing
 
-    def run(self, pair: Pair, made: OracleMade, launch: Launch) -> None:
-        """One fresh pair of workers, from build to the last check. Trouble ends up in `launch.status`."""
+    def run(self, pair: Pair, made: OracleMade, launch: Launch, following: Pair | None = None) -> None:
+        """One fresh pair of workers, from build to the last check. Trouble ends up in `launch.status`.
+
+        Where it is known which pair is `following`, its workers start once nothing is timed.
+        """
         try:
             try:
                 self._prepare_pair(pair, launch)
-                self._measure_pair(pair, made, launch)
+                self._measure_pair(pair, made, launch, following)
             except _Trouble as e:
                 together = e.arm == pair.other.name or pair.other.name in launch.built
                 together = together and not pair.alone
@@ -88,6 +91,7 @@ class Launcher:
             with _blaming(arm):
                 waiting = self._waiting.pop(arm.name, None)
                 launch.channels[arm.name] = waiting or self.workers.open(pair.case, arm)
+        self.close_waiting()
         for arm in pair.arms:
             self._prepare(pair.case, arm, launch)
 
@@ -102,7 +106,7 @@ class Launcher:
             if self.config.trace_memory and arm.nproc == 1:
                 launch.traced[arm.name] = ask(channel, TraceMemory(), Traced)
 
-    def _measure_pair(self, pair: Pair, made: OracleMade, launch: Launch) -> None:
+    def _measure_pair(self, pair: Pair, made: OracleMade, launch: Launch, following: Pair | None) -> None:
         """Gate, warm up, interleave, gate again on fresh inputs, prove."""
         for arm in pair.arms:
             self._gate(pair.case, arm, made, "before", launch)
@@ -110,7 +114,8 @@ class Launcher:
             self._warm(pair.case, arm, launch)
         with self.interrupt.finishing_first():
             launch.blocks = self._solo(pair, launch) if pair.alone else self._interleave(pair, launch)
-            self._open_next(pair, launch)
+            if following is not None:
+                self.open_ahead(following)
             for arm in pair.arms:
                 self._close_arm(pair.case, arm, made, launch)
 
@@ -191,13 +196,13 @@ class Launcher:
             math.exp(shown.high) if shown else None,
         )
 
-    def _open_next(self, pair: Pair, launch: Launch) -> None:
-        """Start the next launch's workers once nothing is timed: their imports overlap the proofs."""
-        number = launch.number + 1
-        due = number < self.config.launches and pair.place(number) not in self.journal.done
-        if due and not self.interrupt.asked and self.config.isolation == "process":
-            for arm in pair.arms:
-                with contextlib.suppress(AssayError):  # the next launch meets it again, and blames its arm
+    def open_ahead(self, pair: Pair) -> None:
+        """Start the workers of a pair's next launch while nothing is timed: imports overlap the rest."""
+        if self.interrupt.asked or self.config.isolation != "process":
+            return
+        for arm in pair.arms:
+            if arm.name not in self._waiting:
+                with contextlib.suppress(AssayError):  # the launch meets it again, and blames its arm
                     self._waiting[arm.name] = self.workers.open(pair.case, arm)
 
     def close_waiting(self) -> None:

@@ -94,78 +94,82 @@ class _Session:
         pairs = [pair for pair in self.plan.pairs if pair.case == case and not self._complete(pair)]
         if not pairs:
             return
-        try:
-            made = self._make_oracle(case)
-        except (WorkerError, Unavailable, UsageError) as e:
-            ended = self._ending(e)
-            for pair in pairs:
-                self.journal.failure(pair, {pair.baseline.name: ended}, {})
-            return
-        checked, failed = self._check_all(case, {a.name: a for p in pairs for a in p.arms}, made)
-        for pair in pairs:
-            bad = {a.name: failed[a.name] for a in pair.arms if a.name in failed}
-            if bad:
-                reports = {a.name: self.journal.report(case, made, checked[a.name]) for a in pair.arms}
-                self.journal.failure(pair, bad, reports)
-            elif not self.interrupt.asked:
-                self._pair(pair, made, checked)
-
-    def _pair(self, pair: Pair, made: OracleMade, checked: dict[str, list[Figure]]) -> None:
-        """Launches until the number asked for, or until a verdict where that was asked for."""
-        number = 0
         with contextlib.ExitStack() as stack:
             stack.callback(self.launcher.close_waiting)
-            while not self.interrupt.asked and self._wants(pair, number):
-                if pair.place(number) not in self.journal.done:
-                    launch = Launch(number=number, started=now())
-                    launch.figures = {arm.name: list(checked[arm.name]) for arm in pair.arms}
-                    self.launcher.run(pair, made, launch)
-                    self.journal.launch(pair, made, launch)
-                    if launch.failed:
-                        break
-                number += 1
+            arms = {arm.name: arm for pair in pairs for arm in pair.arms}
+            checks = _Checks(self.workers, case, arms, stack)
+            try:
+                made = self._make_oracle(case, checks)
+            except (WorkerError, Unavailable, UsageError) as e:
+                ended = self._ending(e)
+                for pair in pairs:
+                    self.journal.failure(pair, {pair.baseline.name: ended}, {})
+                return
+            checked, failed = self._check_all(checks, made, pairs[0])
+            sound: list[Pair] = []
+            for pair in pairs:
+                if bad := {a.name: failed[a.name] for a in pair.arms if a.name in failed}:
+                    reports = {a.name: self.journal.report(case, made, checked[a.name]) for a in pair.arms}
+                    self.journal.failure(pair, bad, reports)
+                else:
+                    sound.append(pair)
+            for place, pair in enumerate(sound):
+                if not self.interrupt.asked:
+                    self._pair(pair, made, checked, sound[place + 1 :])
+
+    def _pair(
+        self, pair: Pair, made: OracleMade, checked: dict[str, list[Figure]], rest: Sequence[Pair]
+    ) -> None:
+        """Launches until the number asked for, or until a verdict where that was asked for."""
+        number = 0
+        while not self.interrupt.asked and self._wants(pair, number):
+            if pair.place(number) not in self.journal.done:
+                launch = Launch(number=number, started=now())
+                launch.figures = {arm.name: list(checked[arm.name]) for arm in pair.arms}
+                self.launcher.run(pair, made, launch, self._following(pair, number + 1, rest))
+                self.journal.launch(pair, made, launch)
+                if launch.failed:
+                    break
+            number += 1
 
     # -- before the launches ----------------------------------------------------------------------
 
-    def _make_oracle(self, case: Case) -> OracleMade:
+    def _make_oracle(self, case: Case, checks: _Checks) -> OracleMade:
         """Asked of the first arm as one process: what several ranks do is held against it like all else."""
         baseline = msgspec.structs.replace(self.plan.arms[0], nproc=1)
         self.observer.doing(case, baseline.name, "making the oracle")
         budget = CUDA_GATE_FLOPS if case.device.startswith("cuda") else CPU_GATE_FLOPS
         with contextlib.closing(self.workers.open(case, baseline)) as channel:
+            checks.start(0)
             answer(channel, Opened)
             return ask(channel, Oracle(budget_flops=budget), OracleMade)
 
     def _check_all(
-        self, case: Case, arms: dict[str, Arm], made: OracleMade
+        self, checks: _Checks, made: OracleMade, first: Pair
     ) -> tuple[dict[str, list[Figure]], dict[str, tuple[Status, str]]]:
-        """Meaning tier and probes of every arm: figures by arm, and how those ended that did not pass."""
-        figures: dict[str, list[Figure]] = {name: [] for name in arms}
+        """Meaning tier and probes of every arm: figures by arm, and how those ended that did not pass.
+
+        The workers of the `first` pair's first launch import during the last check.
+        """
+        figures: dict[str, list[Figure]] = {name: [] for name in checks.arms}
         failed: dict[str, tuple[Status, str]] = {}
-        if plugins.find("workloads", case.workload).functions:  # their precision cannot be raised
-            return figures, failed
-        with contextlib.ExitStack() as stack:
-            channels: dict[str, Channel] = {}
-            names = list(arms)
-            for place, name in enumerate(names):  # their imports overlap; they work one after the other
-                for ahead in names[place : place + IMPORTING]:
-                    if ahead not in channels:
-                        opened = contextlib.closing(self.workers.open(case, arms[ahead]))
-                        channels[ahead] = stack.enter_context(opened)
-                channel = channels[name]
-                self.observer.doing(case, name, "gate, meaning")
-                try:
-                    answer(channel, Opened)
-                    found = ask(channel, Check(made=made), Gated)
-                except (WorkerError, Unavailable, UsageError) as e:
-                    failed[name] = self._ending(e)
-                    continue
-                finally:
-                    channel.close()
-                figures[name] = found.figures
-                reason = gate.explain(found.figures, found.layer)
-                if reason:
-                    failed[name] = (Status.GATE_FAILED, reason)
+        for place, name in enumerate(checks.names):
+            channel = checks.at(place)
+            if place == len(checks.names) - 1 and not failed:
+                self.launcher.open_ahead(first)
+            self.observer.doing(checks.case, name, "gate, meaning")
+            try:
+                answer(channel, Opened)
+                found = ask(channel, Check(made=made), Gated)
+            except (WorkerError, Unavailable, UsageError) as e:
+                failed[name] = self._ending(e)
+                continue
+            finally:
+                channel.close()
+            figures[name] = found.figures
+            reason = gate.explain(found.figures, found.layer)
+            if reason:
+                failed[name] = (Status.GATE_FAILED, reason)
         return figures, failed
 
     def _ending(self, error: AssayError) -> tuple[Status, str]:
@@ -195,6 +199,12 @@ class _Session:
         )
         return bool(found) and (found[0].verdict is Verdict.UNKNOWN or bool(found[0].scope))
 
+    def _following(self, pair: Pair, number: int, rest: Sequence[Pair]) -> Pair | None:
+        """The pair of the launch after this one, where that is known: launch `number`, or one of `rest`."""
+        if number < self.config.launches:
+            return pair if pair.place(number) not in self.journal.done else None
+        return rest[0] if rest and not self.config.until_verdict else None
+
     def _complete(self, pair: Pair) -> bool:
         """Whether a resumed run has this pair behind it: all its launches, or a failure that would repeat."""
         done = [
@@ -205,3 +215,29 @@ class _Session:
         launches = {r.launch for r in done}
         enough = all(n in launches for n in range(self.config.launches))
         return enough and not self._wants(pair, len(launches))
+
+
+class _Checks:
+    """The workers of a case's meaning tier. They import together, and work one after the other."""
+
+    def __init__(
+        self, workers: Workers, case: Case, arms: dict[str, Arm], stack: contextlib.ExitStack
+    ) -> None:
+        self.case, self.arms = case, arms
+        self.names = list(arms)
+        if plugins.find("workloads", case.workload).functions:  # their precision cannot be raised
+            self.names = []
+        self._workers, self._stack = workers, stack
+        self._channels: dict[str, Channel] = {}
+
+    def start(self, place: int) -> None:
+        """Start the worker of that place among the arms, and some ahead of it."""
+        for name in self.names[place : place + IMPORTING]:
+            if name not in self._channels:
+                opened = contextlib.closing(self._workers.open(self.case, self.arms[name]))
+                self._channels[name] = self._stack.enter_context(opened)
+
+    def at(self, place: int) -> Channel:
+        """The worker of that place; its answer to Open is still to be read."""
+        self.start(place)
+        return self._channels[self.names[place]]

@@ -77,21 +77,25 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        cos_TD, sin_TD = turns(self.inv_freq, positions_T)
+        # a custom operator's first call imports torch._dynamo: seconds that a model not compiled can save
+        turn = opaque_turns if torch.compiler.is_compiling() else turns
+        cos_TD, sin_TD = turn(self.inv_freq, positions_T)
         return cos_TD, sin_TD
 
 
-@torch.library.custom_op("assay::rotary_turns", mutates_args=())
 def turns(inv_freq_D: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions, (T, D) each.
-
-    Opaque to torch.compile, which would else compute them again for every element of every query and key.
-    """
+    """Cosines and sines of the positions, (T, D) each."""
     turn_TD = angles(inv_freq_D, positions_T)
     return turn_TD.cos(), turn_TD.sin()
 
 
-@turns.register_fake
+@torch.library.custom_op("assay::rotary_turns", mutates_args=())
+def opaque_turns(inv_freq_D: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Opaque to torch.compile, which would else compute them for every element of every query and key."""
+    return turns(inv_freq_D, positions_T)
+
+
+@opaque_turns.register_fake
 def _(inv_freq_D: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     shape = (positions_T.shape[0], 2 * inv_freq_D.shape[0])
     return inv_freq_D.new_empty(shape), inv_freq_D.new_empty(shape)
