@@ -60,7 +60,7 @@ def test_input_that_leaves_is_back_before_its_block_runs_again() -> None:
     step = profile(blocks=3, saved=50, given_bytes=20, forward_ms=1.0, backward_ms=1.0, bytes_per_ms=20.0)
     found = simulate(step, [LEAN, LEAN, LEAN], 0)
     # in flight is one input: the third stays, the second comes back for 1 ms beside 2 ms of compute
-    assert found.bytes_out == 60
+    assert found.bytes_out == 40
     assert found.exposed_ms == pytest.approx(0.0, abs=1.0)
     assert found.peak_bytes == 20 + 30 + 20
 
@@ -72,4 +72,5 @@ def test_share_of_a_block_leaves() -> None:
         (Choice.OFFLOAD_HALF, 50),
         (Choice.OFFLOAD_MOST, 70),
     ):
-        assert simulate(step, [choice] * 3, 10**6).bytes_out == 3 * nbytes
+        assert simulate(step, [choice] * 3, 0).bytes_out == 3 * nbytes - 10  # the last one stays
+        assert simulate(step, [choice] * 3, 10**6).bytes_out == 0

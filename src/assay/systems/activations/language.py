@@ -140,11 +140,14 @@ class PolicyLM:
         return int(self._policy.counters().get("offload_bytes_out", 0))
 
     def _share_out(self, ledger: Ledger, bytes_out: int) -> dict[str, Scalar]:
-        """Of an offloader: the share of the storages large enough that left, as the ledger counts them."""
+        """Of an offloader: what left, over what had to by the ledger: storages large enough, without the last
+        ones, that are in flight when backward begins."""
         if not isinstance(self._policy, Offload):
             return {}
-        may_leave = ledger.storages_bytes(self._policy.offloader.options.min_bytes)
-        return {"offload_share": bytes_out / may_leave if may_leave else 0.0}
+        options = self._policy.offloader.options
+        may_leave = ledger.storages_bytes(options.min_bytes)
+        due = may_leave - options.inflight_bytes(0, may_leave)
+        return {"offload_share": bytes_out / due if due > 0 else 0.0}
 
     def _departures(self, first: Mapping[str, Tensor], ids_BT: Tensor, policy: Policy) -> dict[str, float]:
         """L2 distance of the loss and of every gradient from the first answers; 0 only where bits agree."""

@@ -72,7 +72,7 @@ class Step:
         walk.forward()
         walk.backward()
         return Prediction(
-            peak_bytes=walk.peak, step_ms=walk.now, exposed_ms=walk.exposed, bytes_out=sum(walk.leaves)
+            peak_bytes=walk.peak, step_ms=walk.now, exposed_ms=walk.exposed, bytes_out=walk.bytes_out
         )
 
     def _part(self, at: int, block: int | None, pieces: list[Piece], kind: Choice) -> _Part:
@@ -115,6 +115,11 @@ class _Walk:
         self._there = 0  # from this piece on sources are where they were
         self._away: list[int] = []  # pieces that are to be asked for, the next one last
         self._arrives: dict[int, float] = {}
+
+    @property
+    def bytes_out(self) -> int:
+        """What leaves: not what backward finds where it was."""
+        return sum(self.leaves[: self._there])
 
     def forward(self) -> None:
         ms_per_byte = 1e3 / self._step.profile.link.out_bytes_per_s
