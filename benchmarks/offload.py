@@ -204,7 +204,7 @@ def _peak() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def describe(profile: Profile, blocks: int, inflight: int) -> None:
+def describe(profile: Profile, blocks: int, inflight: int, ahead: int) -> None:
     """What the profile says, and what it predicts of the pure policies."""
     print(
         f"forward {sum(piece.before_ms for piece in profile.pieces):.1f} ms, step {profile.step_ms:.1f} ms; "
@@ -213,7 +213,7 @@ def describe(profile: Profile, blocks: int, inflight: int) -> None:
         f"{profile.link.back_bytes_per_s / 1e9:.1f} back"
     )
     for choice in (Choice.KEEP, Choice.OFFLOAD, Choice.RECOMPUTE):
-        found = simulate(profile, [choice] * blocks, inflight)
+        found = simulate(profile, [choice] * blocks, inflight, ahead)
         print(
             f"  predicted, all blocks {choice}: step {found.step_ms:.1f} ms, {found.exposed_ms:.1f} of it "
             f"exposed, peak {found.peak_bytes / GIB:.2f} GiB, {found.bytes_out / GIB:.2f} GiB out",
@@ -263,11 +263,10 @@ def main() -> None:
     print(f"{given.shape}, {given.batch} x {given.length}, {given.dtype}; profiled in {bench.took_s:.1f} s")
     if given.profile_to:
         given.profile_to.write_text(json.dumps(dataclasses.asdict(bench.profile)))
-    inflight = Options(max_inflight_bytes=given.max_inflight_bytes or None).inflight_bytes(
-        0, bench.profile.saved_bytes
-    )
-    # what is saved outside blocks is saved last, and stays within that
-    describe(bench.profile, len(bench.blocks), max(0, inflight - bench.profile.outside_bytes))
+    options = Options(max_inflight_bytes=given.max_inflight_bytes or None)
+    largest = max(piece.movable_bytes for piece in bench.profile.pieces)
+    inflight = options.inflight_bytes(largest, bench.profile.saved_bytes)
+    describe(bench.profile, len(bench.blocks), inflight, options.ahead_bytes(largest))
     arms: list[Arm] = []
     for policy in given.policy.split(","):
         arm = bench.arm(policy)

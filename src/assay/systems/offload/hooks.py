@@ -426,7 +426,9 @@ class Offloader:
         lane = entry.lane
         for queue in (line.unsent, lane.leaving):
             queue.forget_used()
-        limit = self._inflight(lane) - line.unsent.nbytes - lane.leaving.nbytes  # these are here still
+        inflight = self._inflight(lane)
+        most = inflight if self._chooser else self.options.ahead_bytes(lane.largest)
+        limit = min(most, inflight - line.unsent.nbytes - lane.leaving.nbytes)  # these are here still
         ahead = line.ahead_bytes()
         while line.cursor > 0:
             other = line.order[line.cursor - 1]()

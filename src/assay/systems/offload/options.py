@@ -24,8 +24,8 @@ __all__ = [
 
 MIB = 2**20
 LEAST_INFLIGHT = 1024 * MIB
-LARGEST_INFLIGHT = 4  # of the largest storage, in a first step
-TOTAL_INFLIGHT = 3  # a third of all, from then on
+LARGEST_INFLIGHT = 4  # of the largest storage: to come back, and in a first step
+TOTAL_INFLIGHT = 3  # a third of all, to leave, from then on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,15 @@ class Options:
 
     def inflight_bytes(self, largest: int, total: int | None) -> int:
         """What may be in flight, given the largest storage so far and, once known, all bytes of a step."""
+        if self.max_inflight_bytes is not None or total is None:
+            return self.ahead_bytes(largest)
+        return max(LEAST_INFLIGHT, total // TOTAL_INFLIGHT)
+
+    def ahead_bytes(self, largest: int) -> int:
+        """What may be back before its use, where that is less."""
         if self.max_inflight_bytes is not None:
             return self.max_inflight_bytes
-        return max(LEAST_INFLIGHT, LARGEST_INFLIGHT * largest if total is None else total // TOTAL_INFLIGHT)
+        return max(LEAST_INFLIGHT, LARGEST_INFLIGHT * largest)
 
 
 def held_tensors(held: object) -> Iterator[Tensor]:

@@ -17,13 +17,19 @@ from assay.systems.offload.plan import PARTS, Choice, Piece, Prediction, Profile
 __all__ = ["Step", "simulate"]
 
 
-def simulate(profile: Profile, choices: Sequence[Choice], max_inflight_bytes: int) -> Prediction:
+def simulate(
+    profile: Profile,
+    choices: Sequence[Choice],
+    max_inflight_bytes: int,
+    max_ahead_bytes: int | None = None,
+) -> Prediction:
     """Walk through forward and backward with the offloader's queues. `choices` has one for each block.
 
     Sources leave in the order of bytes: the last `max_inflight_bytes` of them stay until backward uses
-    them; compute waits where more are queued. As many bytes, with those that stayed, are back ahead of use.
+    them; compute waits where more are queued. As many bytes, with those that stayed, are back ahead of use,
+    or `max_ahead_bytes` where that is less.
     """
-    return Step(profile).simulate(choices, max_inflight_bytes)
+    return Step(profile).simulate(choices, max_inflight_bytes, max_ahead_bytes)
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,11 @@ class Step:
             self._runs.append((block, {kind: self._part(at, block, pieces, kind) for kind in kinds}))
             at += len(pieces)
 
-    def simulate(self, choices: Sequence[Choice], inflight: int) -> Prediction:
+    def simulate(self, choices: Sequence[Choice], inflight: int, ahead: int | None = None) -> Prediction:
         """As the function."""
         parts = [kinds[Choice.KEEP if block is None else choices[block]] for block, kinds in self._runs]
         walk = _Walk(self, parts, inflight)
+        walk.most_ahead = inflight if ahead is None else ahead
         walk.forward()
         walk.backward()
         return Prediction(
@@ -103,6 +110,7 @@ class _Walk:
 
     def __init__(self, step: Step, parts: Sequence[_Part], inflight: int) -> None:
         self._step, self._inflight = step, inflight
+        self.most_ahead = inflight
         self._stays = [n for part in parts for n in part.stays]
         self.leaves = [n for part in parts for n in part.leaves]
         self._frees = [n for part in parts for n in part.frees]
@@ -172,7 +180,8 @@ class _Walk:
             self._wait(self._arrives.pop(k))
             self._ahead -= leaves[k]
             self._here += leaves[k]
-        while away and (not self._ahead or self._ahead + self._staying + leaves[away[-1]] <= self._inflight):
+        most = min(self.most_ahead, self._inflight - self._staying)
+        while away and (not self._ahead or self._ahead + leaves[away[-1]] <= most):
             self._fetch()
 
     def _fetch(self) -> None:
