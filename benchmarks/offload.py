@@ -9,6 +9,10 @@ the median of its steps, over that of the first policy, the peak above what was 
 activations in it (without the gradients that the step leaves), what compute waited for copies, and how many
 of loss and gradients differ from those of the first policy, which is also held against itself. The policies
 take turns, or with --apart have the machine, and its pinned memory, one after another.
+
+    python benchmarks/offload.py --profile-from results/h200/offload-short.json --gradients-mib 2357
+
+predicts from a profile that --profile-to wrote, on any machine, and measures nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +39,11 @@ from assay.systems.activations.language import blocks_of
 from assay.systems.activations.policies import build_policy
 from assay.systems.decoder.build import build_hf
 from assay.systems.offload import (
+    BlockProfile,
     Choice,
+    Link,
+    Piece,
+    Plan,
     PlannedOffloader,
     Profile,
     make_plan,
@@ -112,20 +120,9 @@ class Bench:
         return Arm(policy, made.around)
 
     def _planned(self, policy: str, share: float) -> Arm:
-        target = self.gradients + int(share * (self.profile.peak_bytes - self.gradients))
-        began = time.perf_counter()
-        try:
-            plan = make_plan(self.profile, target_bytes=target)
-        except UsageError:
-            plan = make_plan(self.profile, target_ms=math.inf)
-        took_s = time.perf_counter() - began
+        plan, line = planned(self.profile, share, self.gradients)
         made = PlannedOffloader(plan, self.blocks, self.module, preserve_rng_state=False, **self.options)
-        print(
-            f"{policy:12} target {target / GIB:.2f} GiB, {took_s:.2f} s: {plan}; "
-            f"{''.join(LETTERS[choice] for choice in plan.choices)}, "
-            f"{plan.max_inflight_bytes / MIB:.0f} MiB in flight",
-            flush=True,
-        )
+        print(f"{policy:12} {line}", flush=True)
         return Arm(policy, _holding(made, made.offloader), lambda: _seen(made), made.offloader.release)
 
     def check(self, arm: Arm) -> None:
@@ -204,19 +201,62 @@ def _peak() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def describe(profile: Profile, blocks: int, inflight: int, ahead: int) -> None:
-    """What the profile says, and what it predicts of the pure policies."""
+def planned(profile: Profile, share: float, gradients: int) -> tuple[Plan, str]:
+    """The plan that keeps this share of the activation peak, else the leanest; and a line about it."""
+    target = gradients + int(share * (profile.peak_bytes - gradients))
+    began = time.perf_counter()
+    try:
+        plan = make_plan(profile, target_bytes=target)
+    except UsageError:
+        plan = make_plan(profile, target_ms=math.inf)
+    return plan, (
+        f"target {target / GIB:.2f} GiB, {time.perf_counter() - began:.2f} s: {plan}; "
+        f"{''.join(LETTERS[choice] for choice in plan.choices)}, "
+        f"{plan.max_inflight_bytes / MIB:.0f} MiB in flight"
+    )
+
+
+def predict(given: argparse.Namespace) -> None:
+    """What a profile says of the policies."""
+    found = json.loads(given.profile_from.read_text())
+    profile = Profile(
+        blocks=tuple(BlockProfile(**block) for block in found["blocks"]),
+        pieces=tuple(Piece(**piece) for piece in found["pieces"]),
+        turn_ms=found["turn_ms"],
+        link=Link(**found["link"]),
+    )
+    describe(profile, Options(max_inflight_bytes=given.max_inflight_bytes or None))
+    for policy in given.policy.split(","):
+        name, _, share = policy.partition(":")
+        if name == "auto":
+            print(f"{policy:12} {planned(profile, float(share or 0.5), int(given.gradients_mib * MIB))[1]}")
+
+
+def describe(profile: Profile, options: Options) -> None:
+    """What the profile says, and what it predicts of the pure policies.
+
+    What is saved outside blocks leaves too, and being saved last is within what is in flight: its share of
+    that is between none and all.
+    """
+    largest = max(piece.movable_bytes for piece in profile.pieces)
+    inflight, ahead = options.inflight_bytes(largest, profile.saved_bytes), options.ahead_bytes(largest)
     print(
         f"forward {sum(piece.before_ms for piece in profile.pieces):.1f} ms, step {profile.step_ms:.1f} ms; "
         f"saved {profile.saved_bytes / GIB:.2f} GiB, {profile.outside_bytes / GIB:.2f} of it outside blocks; "
         f"link {profile.link.out_bytes_per_s / 1e9:.1f} GB/s out, "
         f"{profile.link.back_bytes_per_s / 1e9:.1f} back"
     )
-    for choice in (Choice.KEEP, Choice.OFFLOAD, Choice.RECOMPUTE):
-        found = simulate(profile, [choice] * blocks, inflight, ahead)
+    for choice, within in (
+        (Choice.KEEP, inflight),
+        (Choice.OFFLOAD, inflight),
+        (Choice.OFFLOAD, max(0, inflight - profile.outside_bytes)),
+        (Choice.RECOMPUTE, inflight),
+    ):
+        found = simulate(profile, [choice] * len(profile.blocks), within, ahead)
         print(
-            f"  predicted, all blocks {choice}: step {found.step_ms:.1f} ms, {found.exposed_ms:.1f} of it "
-            f"exposed, peak {found.peak_bytes / GIB:.2f} GiB, {found.bytes_out / GIB:.2f} GiB out",
+            f"  predicted, all blocks {choice}, {within / GIB:.2f} GiB in flight: "
+            f"step {found.step_ms:.1f} ms, {found.exposed_ms:.1f} of it exposed, "
+            f"peak {found.peak_bytes / GIB:.2f} GiB, {found.bytes_out / GIB:.2f} GiB out",
             flush=True,
         )
 
@@ -258,15 +298,17 @@ def main() -> None:
     parser.add_argument("--max-inflight-bytes", type=int, default=0, help="0: the offloader's default")
     parser.add_argument("--skip-last", type=int, default=0)
     parser.add_argument("--profile-to", type=Path, help="write the step's profile there, as JSON")
+    parser.add_argument("--profile-from", type=Path, help="predict from a profile, and measure nothing")
+    parser.add_argument("--gradients-mib", type=float, default=0.0, help="what the step of it leaves")
     given = parser.parse_args()
+    if given.profile_from:
+        predict(given)
+        return
     bench = Bench(given)
     print(f"{given.shape}, {given.batch} x {given.length}, {given.dtype}; profiled in {bench.took_s:.1f} s")
     if given.profile_to:
         given.profile_to.write_text(json.dumps(dataclasses.asdict(bench.profile)))
-    options = Options(max_inflight_bytes=given.max_inflight_bytes or None)
-    largest = max(piece.movable_bytes for piece in bench.profile.pieces)
-    inflight = options.inflight_bytes(largest, bench.profile.saved_bytes)
-    describe(bench.profile, len(bench.blocks), inflight, options.ahead_bytes(largest))
+    describe(bench.profile, Options(max_inflight_bytes=given.max_inflight_bytes or None))
     arms: list[Arm] = []
     for policy in given.policy.split(","):
         arm = bench.arm(policy)

@@ -5,6 +5,7 @@ And plans: what they predict is what comes.
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterator
 
@@ -57,7 +58,7 @@ def _step(model: nn.Module, x_BC: Tensor, offload: Offloader) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize("inflight_mib", [0, 256, 4096])
+@pytest.mark.parametrize("inflight_mib", [0, 256, 1024])
 def test_gradients_are_bit_identical(model: nn.Module, x_BC: Tensor, inflight_mib: int) -> None:
     leaves, offload = list(model.parameters()), _new(held=(model, x_BC), inflight_mib=inflight_mib)
     want = gradients(lambda: model(x_BC).square().mean(), leaves)
@@ -117,6 +118,7 @@ def test_peak_falls_by_what_left(model: nn.Module, x_BC: Tensor) -> None:
     assert without - peak(lambda: _step(model, x_BC, offload)) > offload.statistics.bytes_out / 2
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="times copies: other tests must not run")
 def test_copies_run_beside_compute(model: nn.Module, x_BC: Tensor) -> None:
     """A product takes longer than a copy here, so most of the copying must hide; on one stream none does."""
 
@@ -212,14 +214,19 @@ def test_plan_does_what_it_predicts(stack: nn.Sequential, h_BC: Tensor) -> None:
         _stack_loss(stack, h_BC).backward()
 
     profile = profile_step(step, list(stack), stack, h_BC, device="cuda")
+    gradients = sum(
+        p.numel() * p.element_size() for p in stack.parameters()
+    )  # made in the step, in every plan
     print(profile.link, f"{profile.peak_bytes / MIB:.0f} MiB, {profile.step_ms:.1f} ms")
     assert profile.link.out_bytes_per_s > 5e9
     assert profile.saved_bytes > BLOCKS * 288 * MIB
     for percent in (100, 75, 50, 30):
-        plan = make_plan(profile, target_bytes=profile.peak_bytes * percent // 100)
+        target = gradients + (profile.peak_bytes - gradients) * percent // 100
+        plan = make_plan(profile, target_bytes=target)
         planned = PlannedOffloader(plan, list(stack), stack, h_BC, device="cuda")
         times, peak = [], 0
         for _ in range(6):
+            stack.zero_grad()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 
 from assay.systems.offload import Choice, make_plan, simulate
@@ -17,6 +19,12 @@ def test_peak_is_that_of_a_step_that_keeps_everything(
 ) -> None:
     step = drawn(blocks, 5.0)
     assert step.peak_bytes == simulate(step, [Choice.KEEP] * len(blocks), 0).peak_bytes
+
+
+def test_gradients_do_not_grow_with_the_batch() -> None:
+    step = profile()
+    pieces = tuple(replace(piece, backward_bytes=50, gradient_bytes=30) for piece in step.pieces)
+    assert {p.backward_bytes for p in replace(step, pieces=pieces).scaled(3).pieces} == {30 + 3 * 20}
 
 
 def test_scaled_step_is_planned_in_proportion() -> None:

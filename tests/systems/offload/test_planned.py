@@ -249,10 +249,11 @@ def test_memory_of_backward_is_beside_what_is_still_needed(monkeypatch: pytest.M
             h_BC = block(h_BC, table_BC)
         h_BC.sum().backward()
 
-    profile = profile_step(step, blocks, min_bytes=0, device="cpu")
+    profile = profile_step(step, blocks, x_BC, min_bytes=0, device="cpu")
     saved = 0
     for piece in profile.pieces:
         saved += piece.nbytes
+        assert piece.gradient_bytes == (4 * 64 * WIDTH if piece is profile.pieces[0] else 0)
         if piece.block is not None and not piece.is_input:
             assert 10**9 - saved <= piece.backward_bytes <= 10**9 - saved + 2 * piece.nbytes
 

@@ -104,6 +104,8 @@ class Piece:
     """Other memory at its worst until it is saved: all but what is saved."""
     backward_bytes: int = 0
     """Likewise from its use on."""
+    gradient_bytes: int = 0
+    """Gradients that the step has made by then, of backward_bytes: a larger batch has no more."""
     is_input: bool = False
     """Whether it is what the block was given, which recomputation keeps."""
     parts_bytes: tuple[int, ...] = ()
@@ -146,7 +148,7 @@ class Profile:
         return sum(piece.nbytes for piece in self.pieces)
 
     def scaled(self, factor: float) -> Profile:
-        """A step of `factor` times the batch: all bytes and times in proportion."""
+        """A step of `factor` times the batch: all bytes but gradients, and times, in proportion."""
 
         def more(piece: Piece) -> Piece:
             return replace(
@@ -154,7 +156,8 @@ class Profile:
                 nbytes=int(piece.nbytes * factor), movable_bytes=int(piece.movable_bytes * factor),
                 before_ms=piece.before_ms * factor, after_ms=piece.after_ms * factor,
                 forward_bytes=int(piece.forward_bytes * factor),
-                backward_bytes=int(piece.backward_bytes * factor),
+                backward_bytes=int((piece.backward_bytes - piece.gradient_bytes) * factor)
+                + piece.gradient_bytes,
             )  # fmt: skip
 
         blocks = (

@@ -45,8 +45,8 @@ def plan_activations(
 ) -> PlannedOffloader:
     """Measure a step and plan it: a context manager under which its peak is at most `target_mib`.
 
-    The target bounds what is allocated beside weights, gradients and all else that is there when the step
-    begins; on the CPU, what autograd saves.
+    The target bounds what is allocated beside weights and all else that is there when the step begins, with
+    the gradients that it makes; on the CPU, what autograd saves.
     `step` is one forward and backward of the model, which runs four times and must fit without a plan; where
     it does not, give a step of a smaller batch, and in `scale` how often it goes into the true one.
     Gradients that were None before are None afterwards. The other options are those of PlannedOffloader.

@@ -14,7 +14,7 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,9 @@ def profile_step(
     with _forgetting_gradients(fresh):
         step()
     with _forgetting_gradients(fresh):
-        memory = _observed(step, blocks, held, options, memory=True)
+        memory = _observed(step, blocks, held, options, fresh, memory=True)
     with _forgetting_gradients(fresh):
-        clock = _observed(step, blocks, held, options, memory=False)
+        clock = _observed(step, blocks, held, options, fresh, memory=False)
     with _forgetting_gradients(fresh):
         plain = _timed(step, blocks, open_device(clock.where))
     if [saved.nbytes for saved in memory.saved] != [saved.nbytes for saved in clock.saved]:
@@ -86,6 +86,7 @@ class _Saved:
     unpacked: Any = None  # when it was used first
     forward_bytes: int = 0
     backward_bytes: int = 0
+    gradient_bytes: int = 0
 
 
 @dataclass
@@ -99,10 +100,22 @@ class _Section:
     inputs: list[_Saved] = field(default_factory=list)
 
 
+class _Use(NamedTuple):
+    """Backward asks for a storage, or is over."""
+
+    saved: _Saved | None
+    peak_bytes: int
+    """Since the use before, above the base."""
+    gradient_bytes: int
+    """Made so far."""
+
+
 class _Observer(Offloader):
     """Lets everything stay and writes down what is saved, when and beside how much memory."""
 
-    def __init__(self, held: tuple[object, ...], options: Options, memory: bool) -> None:
+    def __init__(
+        self, held: tuple[object, ...], options: Options, memory: bool, fresh: Sequence[Tensor]
+    ) -> None:
         super().__init__(held, options)
         index = (
             torch.cuda.current_device() if self._where.type == "cuda" and self._where.index is None else None
@@ -115,7 +128,8 @@ class _Observer(Offloader):
         self._memory = memory
         self._live = self._base = 0
         self._known: dict[int, _Saved] = {}
-        self._uses: list[tuple[_Saved | None, int]] = []  # in backward, and the peak since the one before
+        self._uses: list[_Use] = []  # in backward
+        self._fresh = fresh
         self.at_ms: Callable[[Any], float] = self.since_start  # of an event
 
     def run(self, step: Callable[[], object]) -> None:
@@ -183,7 +197,8 @@ class _Observer(Offloader):
 
     def _read_backward(self, saved: _Saved | None) -> None:
         if self._memory:
-            self._uses.append((saved, self._device.peak_bytes() - self._base))
+            made = sum(t.nbytes for t in self._fresh if t.grad is not None)
+            self._uses.append(_Use(saved, self._device.peak_bytes() - self._base, made))
 
     def _place_backward_memory(self) -> None:
         """Give each reading to the place in the order of saving up to which as many bytes were still needed.
@@ -193,15 +208,16 @@ class _Observer(Offloader):
         """
         if not self._memory or not self.saved:
             return
-        last_use = {id(saved): i for i, (saved, _) in enumerate(self._uses)}
+        last_use = {id(use.saved): i for i, use in enumerate(self._uses)}
         up_to = list(itertools.accumulate(saved.nbytes for saved in self.saved))
         needed, before = up_to[-1], None
-        for i, (saved, peak) in enumerate(self._uses):
+        for i, use in enumerate(self._uses):
             at = self.saved[bisect_left(up_to, needed)]
-            at.backward_bytes = max(at.backward_bytes, peak - needed)
+            at.backward_bytes = max(at.backward_bytes, use.peak_bytes - needed)
+            at.gradient_bytes = min(use.gradient_bytes, at.backward_bytes)
             if before is not None and last_use[id(before)] == i - 1:
                 needed -= before.nbytes
-            before = saved
+            before = use.saved
 
     def _beside(self, saved_bytes: int) -> int:
         return max(0, self._device.peak_bytes() - self._base - saved_bytes)
@@ -238,9 +254,10 @@ def _observed(
     blocks: Sequence[nn.Module],
     held: tuple[object, ...],
     options: Options,
+    fresh: Sequence[Tensor],
     memory: bool,
 ) -> _Observer:
-    observer = _Observer(held, options, memory)
+    observer = _Observer(held, options, memory, fresh)
     with _watching(blocks, observer):
         observer.run(step)
     ran = [section.block for section in observer.sections if section.block is not None]
@@ -313,6 +330,7 @@ def _profile(memory: _Observer, clock: _Observer, plain_ms: Sequence[float], lin
     clock.at_ms = lambda event: stretched(clock.since_start(event))
     for read, timed in zip(memory.saved, clock.saved, strict=True):
         timed.forward_bytes, timed.backward_bytes = read.forward_bytes, read.backward_bytes
+        timed.gradient_bytes = read.gradient_bytes
     ordered = [(section, *_input_and_rest(section)) for section in clock.sections]
     order: list[tuple[int | None, list[_Saved], bool]] = []
     for section, given, rest in ordered:
@@ -339,6 +357,7 @@ def _profile(memory: _Observer, clock: _Observer, plain_ms: Sequence[float], lin
                 after_ms=(ended if k == 0 else uses[k - 1]) - uses[k],
                 forward_bytes=max((saved.forward_bytes for saved in group), default=0),
                 backward_bytes=max((saved.backward_bytes for saved in group), default=0),
+                gradient_bytes=max((saved.gradient_bytes for saved in group), default=0),
                 is_input=is_input,
             )
         )

@@ -239,6 +239,7 @@ def _merge(pieces: Sequence[Piece]) -> Piece:
         after_ms=sum(piece.after_ms for piece in pieces),
         forward_bytes=max(piece.forward_bytes for piece in pieces),
         backward_bytes=max(piece.backward_bytes for piece in pieces),
+        gradient_bytes=max(piece.gradient_bytes for piece in pieces),
         is_input=pieces[0].is_input,
         parts_bytes=tuple(
             sum(column) for column in zip(*(piece.parts_bytes for piece in pieces), strict=True)
