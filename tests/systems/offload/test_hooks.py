@@ -551,6 +551,20 @@ def test_what_would_be_recalled_is_not_copied_once_a_step_is_known() -> None:
     assert not device.strays
 
 
+def test_what_was_not_sent_leaves_when_the_next_step_begins_before_its_backward() -> None:
+    offload = make(max_inflight_bytes=3 * 4096)
+    _chain(offload, 8).backward()
+    kept = _chain(offload, 8)
+    first = offload.statistics
+    assert first.storages == 5
+    another = _chain(offload, 8)
+    assert first.storages == 8
+    another.backward()
+    kept.backward()
+    assert first.bytes_back == 8 * 4096
+    _assert_empty(offload)
+
+
 def test_shared_tensor_does_not_lead_the_prefetch_astray(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last block's backward uses what the first saved, as rotary positions are."""
     misses: list[int] = []

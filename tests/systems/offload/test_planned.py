@@ -249,7 +249,7 @@ def test_memory_of_backward_is_beside_what_is_still_needed(monkeypatch: pytest.M
             h_BC = block(h_BC, table_BC)
         h_BC.sum().backward()
 
-    profile = profile_step(step, blocks, x_BC, min_bytes=0, device="cpu")
+    profile = profile_step(step, blocks, x_BC, [x_BC], min_bytes=0, device="cpu")
     saved = 0
     for piece in profile.pieces:
         saved += piece.nbytes

@@ -25,7 +25,7 @@ from assay.systems.offload.storages import Version, check_version, typed
 __all__ = ["Entry", "Handle", "Kept", "Lane", "Line", "Step", "Storage"]
 
 
-STRAYS = 3
+STRAYS = 3  # so many misses in succession may be tensors that are used out of order
 
 
 class Queue:

@@ -176,9 +176,13 @@ class Offloader:
     def _begin(self) -> None:
         """A new step: its own statistics and order; what is held is looked up anew."""
         last = self._step.statistics
-        for device, lane in self._lanes.items():
-            if line := self._step.lines.get(device):
-                lane.expected_bytes = line.nbytes
+        for device, line in self._step.lines.items():
+            self._lane(device).expected_bytes = line.nbytes
+            while len(line.unsent) > self.options.skip_last:  # of graphs that are kept for later
+                entry, _ = line.unsent.oldest()
+                line.unsent.popleft()
+                if entry:
+                    self._send(entry)
         self._step = Step()
         if self._chooser:
             self._chooser.begin(last)

@@ -48,8 +48,8 @@ def profile_step(
 
     Raises UsageError where there is no backward, or a block does not run once.
     """
-    everything = (*held_tensors(held), *held_tensors(list(blocks)))
-    fresh = [tensor for tensor in everything if tensor.is_leaf and tensor.grad is None]
+    known = {id(tensor): tensor for tensor in held_tensors([list(held), list(blocks)])}
+    fresh = [tensor for tensor in known.values() if tensor.is_leaf and tensor.grad is None]
     options = Options(min_bytes=min_bytes, device=device)
     with _forgetting_gradients(fresh):
         step()
