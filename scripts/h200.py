@@ -29,6 +29,9 @@ from assay.measure import device
 
 MUTANT = "tests/mutants/decoder.py:{}"
 GRAPHED = "'sdpa[cache=static,cuda_graph=true]'"  # torch's own kernels, no launches: what fusion adds to
+VRAM = "vram --device cuda --base hf-liger --launches 2"
+VRAM_SHORT = f"{VRAM} --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 --time-budget 4"
+VRAM_LONG = f"{VRAM} --shape llama-8b:6 --batch-sizes 1 --sequence-lengths 65536"
 # name -> (arguments of `assay`, expected exit code)
 RUNS: dict[str, tuple[str, int]] = {
     "doctor": ("doctor --device cuda", 0),
@@ -79,16 +82,10 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "phase2": ("phase2 --kpi --device cuda", 1),  # 4 million tokens a second is missed: docs/phase2-model.md
-    "vram-short": (
-        "vram --device cuda --shape llama-1b --base hf-liger --batch-sizes 4 --sequence-lengths 2048 "
-        "--launches 3 --policy off,offload,auto:0.75,auto:0.5,auto:0.3,auto:0.15,save-on-cpu,checkpoint",
-        0,
-    ),
-    "vram-long": (
-        "vram --device cuda --shape llama-8b:6 --base hf-liger --batch-sizes 1 --sequence-lengths 65536 "
-        "--launches 3 --policy off,offload,auto:0.75,auto:0.5,auto:0.3,auto:0.15,save-on-cpu,checkpoint",
-        0,
-    ),
+    "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,checkpoint", 0),
+    "vram-short-auto": (f"{VRAM_SHORT} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
+    "vram-long": (f"{VRAM_LONG} --policy off,offload,save-on-cpu,checkpoint", 0),
+    "vram-long-auto": (f"{VRAM_LONG} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
     "vram-compare": (
         "vram --device cuda --mode compare --shape llama-1b --batch-sizes 4 --sequence-lengths 2048",
         0,
