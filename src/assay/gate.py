@@ -81,12 +81,15 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
     """
     if tuple(out.shape) != tuple(ref.shape):
         return Departure(math.inf, "", f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}")
-    fault = _counts(out, ref)
     if not _is_real_or_complex(out):
-        return _compare_integers(out, ref, fault)
+        return _compare_integers(out, ref)
     target = _double(ref)
-    delta = (_double(out) - target).masked_fill(_same(out, ref), 0.0)  # equal infinities do not differ
-    target = target.masked_fill(~target.isfinite(), 0.0)  # nor do they widen the scale of the others
+    delta = _double(out) - target
+    finite = bool(delta.sum().isfinite())  # then every entry of both is, and there is nothing to look for
+    fault = _counts(out, ref, finite=finite)
+    if not finite:
+        delta = delta.masked_fill(_same(out, ref), 0.0)  # equal infinities do not differ
+        target = target.masked_fill(~target.isfinite(), 0.0)  # nor do they widen the scale of the others
     if scale is not None:
         error, where = float(delta.norm()) / max(float(target.norm()), scale, 1e-300), ""
     else:
@@ -113,21 +116,24 @@ def _double(t: Tensor) -> Tensor:
     return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
 
-def _compare_integers(out: Tensor, ref: Tensor, fault: str) -> Departure:
+def _compare_integers(out: Tensor, ref: Tensor) -> Departure:
     wrong = (out != ref).reshape(-1)
     first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
     where = f"first at {_index(first, tuple(out.shape))}" if first >= 0 and out.dim() else ""
-    return Departure(float(wrong.double().mean()) if wrong.numel() else 0.0, where, fault)
+    return Departure(float(wrong.double().mean()) if wrong.numel() else 0.0, where, "")
 
 
-def _counts(out: Tensor, ref: Tensor) -> str:
-    """Non-finite and exactly-zero entries against the oracle's own counts; nothing is masked first."""
-    if out.numel() == 0 or not _is_real_or_complex(out):
+def _counts(out: Tensor, ref: Tensor, *, finite: bool) -> str:
+    """Non-finite and exactly-zero entries against the oracle's own counts; nothing is masked first.
+
+    `finite` says that neither has an entry that is not, which spares counting them.
+    """
+    if out.numel() == 0:
         return ""
-    bad, ref_bad = (int((~t.isfinite()).sum()) for t in (out, ref))
+    bad, ref_bad = (0, 0) if finite else (int((~t.isfinite()).sum()) for t in (out, ref))
     if bad != ref_bad:
         return f"{bad} non-finite entries of {out.numel()}, the oracle has {ref_bad}"
-    zeros, ref_zeros = (int((t == 0).sum()) for t in (out, ref))
+    zeros, ref_zeros = (t.numel() - int(t.count_nonzero()) for t in (out, ref))
     if ref_zeros == ref.numel():
         return "the oracle's values are all zero: nothing was compared"
     if zeros > ref_zeros + EXTRA_ZEROS * out.numel() + 1:
@@ -355,9 +361,11 @@ def same_state(own: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> st
     return f"parameter '{extra[0]}' is not in the shared weights" if extra else ""
 
 
-def errors(outputs: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> dict[str, float]:
-    """Error of every quantity that both hold, on the scales of `compare`."""
-    grad_norm = gradient_norm(oracle)
+def errors(
+    outputs: Mapping[str, Tensor], oracle: Mapping[str, Tensor], grad_norm: float | None = None
+) -> dict[str, float]:
+    """Error of every quantity that both hold, on the scales of `compare`; `grad_norm` as in judge_outputs."""
+    grad_norm = gradient_norm(oracle) if grad_norm is None else grad_norm
     return {
         name: compare(out, oracle[name].to(out.device), _scale(name, grad_norm)).error
         for name, out in outputs.items()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from assay.errors import Unavailable, UsageError
 from assay.systems.decoder.adapter import ModuleLM
@@ -83,12 +84,24 @@ def new_decoder(
 
     Random weights are drawn in float32, so that those of another dtype are the same, rounded.
     """
-    with torch.device(device), _default_dtype(dtype):
+    with torch.device(device), _default_dtype(dtype), _Unfilled():
         model = Decoder(shape.config, parts)
     if load_weights(model, shape) == "real":
         return model, "real"
     initialise(model, torch.Generator(device).manual_seed(seed))
     return model, "random"
+
+
+class _Unfilled(TorchFunctionMode):
+    """What torch.nn.init would fill stays as it was allocated while inside: weights follow."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -162,6 +175,9 @@ def build_hf(
     resolved = resolve(shape)
     module = hf_module(resolved.config, attend, liger=liger)
     model, weights = new_decoder(resolved, seed=seed, device=device)
+    with torch.no_grad():
+        for parameter in module.parameters():  # they hold nothing yet that is worth a copy
+            parameter.data = torch.empty_like(parameter, device=device)
     module.to(device)
     load_strict(named_state(module), named_state(model), to=f"'{name}'", tied=tied_names(module))
     return ModuleLM(

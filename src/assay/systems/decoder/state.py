@@ -98,7 +98,7 @@ def load_strict(
     ]
     _refuse(to, "untied (its two names hold different values)", split, remedy)
     for name, tensor in own.items():
-        copy(tensor, wanted[name])
+        copy(tensor, wanted[name].to(tensor.device))  # copy_ alone widens on the host and sends that
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
