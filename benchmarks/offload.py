@@ -67,11 +67,22 @@ class Arm:
     name: str
     around: Callable[[Tensor], AbstractContextManager[object]]
     seen: Callable[[], dict[str, Any]] = dict
-    release: Callable[[], None] = gc.collect
+    release: Callable[[], object] = gc.collect
     rounds_ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
     peak: int = 0
     differ: str = ""
+
+    def let_go(self) -> None:
+        """Give memory back, the pinned as well; what was measured stays."""
+        found = self.seen()
+        self.seen = lambda: found
+        self.release()
+        self.release, self.around = gc.collect, lambda _: contextlib.nullcontext()
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+            torch._C._host_emptyCache()
 
 
 class Bench:
@@ -295,7 +306,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed, in a round")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--min-bytes", type=int, default=MIB if CUDA else 1024)
-    parser.add_argument("--max-inflight-bytes", type=int, default=0, help="0: the offloader's default")
+    parser.add_argument(
+        "--max-inflight-bytes", type=int, default=0 if CUDA else MIB, help="0: the offloader's default"
+    )
     parser.add_argument("--skip-last", type=int, default=0)
     parser.add_argument("--profile-to", type=Path, help="write the step's profile there, as JSON")
     parser.add_argument("--profile-from", type=Path, help="predict from a profile, and measure nothing")
@@ -322,16 +335,11 @@ def main() -> None:
             continue
         arms.append(arm)
         if given.apart:
-            found = arm.seen()
-            arm.seen = lambda found=found: found
-            arm.release()
-            arm.release, arm.around = gc.collect, lambda _: contextlib.nullcontext()
-            gc.collect()
-            if CUDA:
-                torch.cuda.empty_cache()
-                torch._C._host_emptyCache()
-            report([arms[0], arm], bench.gradients)
-    for _ in range(0 if given.apart else given.rounds):
+            report([arms[0], arm] if arm is not arms[0] else [arm], bench.gradients)
+            arm.let_go()
+    if given.apart:
+        return
+    for _ in range(given.rounds):
         for arm in arms:
             bench.time_round(arm)
     report(arms, bench.gradients)
