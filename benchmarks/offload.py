@@ -307,13 +307,17 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--min-bytes", type=int, default=MIB if CUDA else 1024)
     parser.add_argument(
-        "--max-inflight-bytes", type=int, default=0 if CUDA else MIB, help="0: the offloader's default"
+        "--max-inflight-bytes",
+        type=int,
+        help="0: the offloader's default, which is also that of this program where it does not run on the CPU",
     )
     parser.add_argument("--skip-last", type=int, default=0)
     parser.add_argument("--profile-to", type=Path, help="write the step's profile there, as JSON")
     parser.add_argument("--profile-from", type=Path, help="predict from a profile, and measure nothing")
     parser.add_argument("--gradients-mib", type=float, default=0.0, help="what the step of it leaves")
     given = parser.parse_args()
+    if given.max_inflight_bytes is None:
+        given.max_inflight_bytes = 0 if CUDA or given.profile_from else MIB
     if given.profile_from:
         predict(given)
         return
