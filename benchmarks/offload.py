@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument(
         "--max-inflight-bytes",
         type=int,
-        help="0: the offloader's default, which is also that of this program where it does not run on the CPU",
+        help="0: the offloader's default; that of this program, but for steps on the CPU",
     )
     parser.add_argument("--skip-last", type=int, default=0)
     parser.add_argument("--profile-to", type=Path, help="write the step's profile there, as JSON")
