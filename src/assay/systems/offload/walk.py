@@ -168,7 +168,7 @@ class _Walk:
                 self.peak = self._here + self._ahead + others
             self.now += ms
             self._here -= self._frees[k]
-            if k >= self._there:
+            if self._staying and k >= self._there:
                 self._staying -= self.leaves[k]
 
     def _use(self, k: int) -> None:
@@ -180,9 +180,10 @@ class _Walk:
             self._wait(self._arrives.pop(k))
             self._ahead -= leaves[k]
             self._here += leaves[k]
-        most = min(self.most_ahead, self._inflight - self._staying)
-        while away and (not self._ahead or self._ahead + leaves[away[-1]] <= most):
-            self._fetch()
+        if away:
+            most = min(self.most_ahead, self._inflight - self._staying)
+            while away and (not self._ahead or self._ahead + leaves[away[-1]] <= most):
+                self._fetch()
 
     def _fetch(self) -> None:
         k = self._away.pop()
