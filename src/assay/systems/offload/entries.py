@@ -22,7 +22,7 @@ from assay.systems.offload.pool import Block, HostPool
 from assay.systems.offload.statistics import Statistics
 from assay.systems.offload.storages import Version, check_version, typed
 
-__all__ = ["Entry", "Handle", "Kept", "Lane", "Line", "Step", "Storage"]
+__all__ = ["Entry", "Handle", "Kept", "Lane", "Line", "Queue", "Step", "Storage"]
 
 
 STRAYS = 3  # so many misses in succession may be tensors that are used out of order

@@ -123,7 +123,6 @@ class _Observer(Offloader):
         self.where = self._where if index is None else torch.device("cuda", index)
         self.saved: list[_Saved] = []
         self.sections = [_Section(None)]
-        self._ran: list[int] = []
         self._device: Device = open_device(self.where)
         self._memory = memory
         self._live = self._base = 0
