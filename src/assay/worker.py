@@ -12,6 +12,7 @@ import gc
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import statistics
 import sys
@@ -299,21 +300,21 @@ class Runner:
     def _remembered(self) -> str | None:
         """Why the samples are void: on inputs that it has never seen the same step takes far longer.
 
-        Asked three times, each beside a step on inputs that were seen: a stalled machine slows both.
+        A suspicion is asked three times, each beside a step on inputs that were seen, and the quickest of
+        either kind are compared: a machine that stalls slows some steps, one that throttles slows both kinds.
         """
-        reason = None
         if not self._steps_ns:
             return None
         sampler = self._ready()
         if self.workload.functions:  # their own clock calls a step before it times it
             sampler = Sampler(sampler.trial, clock.for_device(self.case.device))
+        unseen_ns = seen_ns = math.inf
         for attempt in range(3):
-            unseen_ns = self._unseen_ns(at_seed(self.case, 10 * attempt), sampler.clock)
-            seen_ns = max(statistics.median(self._steps_ns), sampler.sample(lead_in=0).step_ns)
-            reason = validity.remembered_reason([seen_ns], unseen_ns)
-            if reason is None:
+            unseen_ns = min(unseen_ns, self._unseen_ns(at_seed(self.case, 10 * attempt), sampler.clock))
+            if validity.remembered_reason(self._steps_ns, unseen_ns) is None:
                 return None
-        return reason
+            seen_ns = min(seen_ns, sampler.sample(lead_in=0).step_ns)
+        return validity.remembered_reason([max(statistics.median(self._steps_ns), seen_ns)], unseen_ns)
 
     def _unseen_ns(self, case: Case, ticker: clock.Clock) -> float:
         """The quickest of a few steps, each on inputs that no call has had, ns."""
