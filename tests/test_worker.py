@@ -486,3 +486,42 @@ def test_arm_that_compiles_nothing_does_not_import_the_compiler(workload: str, t
         "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "opening")], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arm", "wanted"),
+    [
+        (Arm(name="a", target="hf"), True),
+        (Arm(name="a", target="activations", options={"base": "hf"}), True),
+        (Arm(name="a", target="activations"), False),
+    ],
+)
+def test_modules_of_a_stock_model_are_imported_with_the_worker(
+    arm: Arm, wanted: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    case = make_plan(tiny(["eager", "eager"], "train")).cases[0]
+    opening = Open(case=case, arm=arm, scratch=str(tmp_path), weights="own")
+    (tmp_path / "opening").write_bytes(msgspec.msgpack.encode(opening))
+    code = (
+        "import sys; from pathlib import Path; import msgspec; from assay.wire import Open\n"
+        "from assay.worker import open_runner\n"
+        "open_runner(msgspec.msgpack.decode(Path(sys.argv[1]).read_bytes(), type=Open)).import_ahead()\n"
+        f"assert any(name.startswith('transformers.models.') for name in sys.modules) is {wanted}"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "opening")], check=True)
+
+
+def test_module_that_is_missing_is_left_to_the_build(tmp_path: Path) -> None:
+    case = make_plan(tiny(["eager", "eager"], "train")).cases[0]
+    opening = Open(case=case, arm=Arm(name="a", target="eager"), scratch=str(tmp_path), weights="own")
+    runner = open_runner(opening)
+    asked: list[Case] = []
+
+    def imports(case: Case, _options: Options) -> list[str]:
+        asked.append(case)
+        return ["assay.no_such_module"]
+
+    runner.variant = dataclasses.replace(runner.variant, imports=imports)
+    runner.import_ahead()
+    assert asked == [case]

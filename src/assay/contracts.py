@@ -166,6 +166,8 @@ class Variant:
     options: Mapping[str, Option] = field(default_factory=dict)
     claims: Callable[[Case, Options], Sequence[Claim]] = lambda _case, _options: ()
     requires: tuple[str, ...] = ()  # "cuda", or importable modules
+    # modules that `build` will import and that take long: worth importing while other arms are at work
+    imports: Callable[[Case, Options], Sequence[str]] = lambda _case, _options: ()
     weights: Literal["shared", "own", "none"] = "shared"
     oracle: Callable[[Case], System] | None = None
     opaque: bool = False

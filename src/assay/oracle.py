@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,15 @@ class OracleMaker:
 
     def make(self, budget_flops: float) -> OracleMade:
         """Canonical weights, then the oracle's answers to both stages' inputs, into the scratch folder."""
+        with _writers() as pool:
+            return self._make(budget_flops, pool)
+
+    def _make(self, budget_flops: float, pool: ThreadPoolExecutor) -> OracleMade:
+        written: list[Future[None]] = []
         state = {} if self.variant.opaque else self._canonical_state()
+        if not self.variant.opaque:
+            written.append(pool.submit(_save, state, state_path(self.scratch, self.case)))
+        digest = pool.submit(_state_digest, state)
         unraised = self._unraised()
         above = self.case.dtype if unraised else self._above(state)
         with self._reference(above, state) as oracle:
@@ -64,13 +73,15 @@ class OracleMaker:
                 if not f.passed
             ]
         for stage, tensors in answers.items():
-            _save(_compact(tensors), oracle_path(self.scratch, self.case, stage))
+            written.append(pool.submit(_save, _compact(tensors), oracle_path(self.scratch, self.case, stage)))
         norms = {stage: gate.gradient_norm(tensors) for stage, tensors in answers.items()}
-        reference = self._reference_errors(case, state, answers, alone=bool(unraised))
+        reference = self._reference_errors(case, state, answers, norms, alone=bool(unraised))
+        for file in written:
+            file.result()
         return OracleMade(
             case=case,
             oracle=f"{self.name} itself" if unraised else self._oracle_name(above),
-            state=_state_digest(state),
+            state=digest.result(),
             reference=reference,
             grad_norms=norms,
             not_applicable=[*not_applicable, unraised]
@@ -110,12 +121,10 @@ class OracleMaker:
 
         dtype = getattr(torch, PARAMETER_DTYPE.get(self.case.dtype, "float32"))
         with _entered(self.construct(at(self.case, "fp32"))) as system:
-            state = {
-                name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.detach().cpu()).clone()
+            return {
+                name: t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype, copy=True)
                 for name, t in system.state().items()
             }
-        _save(state, state_path(self.scratch, self.case))
-        return state
 
     def _above(self, state: Mapping[str, Tensor]) -> str:
         """One precision above the case, or two where that is affordable."""
@@ -148,7 +157,7 @@ class OracleMaker:
         """The oracle's answers to both stages, on a smaller case while memory does not hold them."""
         while True:
             try:
-                found = {s: self._answers(oracle, at(case, above), n) for s, n in STAGES.items()}
+                found = {stage: self._answers(oracle, at(case, above), stage) for stage in STAGES}
             except Exception as e:
                 smaller = self.workload.smaller(case)
                 if as_failure(e, self.name).status != "out_of_memory" or smaller is None:
@@ -162,9 +171,12 @@ class OracleMaker:
         stated = oracle.work(case.workload, case.params) if hasattr(oracle, "work") else {}
         return sum(w.flops or 0.0 for name, w in stated.items() if name != "step")
 
-    def _answers(self, system: Any, case: Case, stream: int) -> dict[str, Tensor]:
+    def _answers(self, system: Any, case: Case, stage: str) -> dict[str, Tensor]:
+        """What the workload asks of the oracle, and before the launches every layer's output."""
+        if stage != "before":  # the meaning tier alone names the layer that departs
+            return dict(self.workload.expected(system, case, STAGES[stage]))
         with captured(system) as layers:
-            found = dict(self.workload.expected(system, case, stream))
+            found = dict(self.workload.expected(system, case, STAGES[stage]))
         return found | {f"layer:{name}": t for name, t in layers.items()}
 
     def _reference_errors(
@@ -172,6 +184,7 @@ class OracleMaker:
         case: Case,
         state: Mapping[str, Tensor],
         answers: Mapping[str, Mapping[str, Tensor]],
+        norms: Mapping[str, float],
         *,
         alone: bool,
     ) -> dict[str, float]:
@@ -185,7 +198,7 @@ class OracleMaker:
         with self._reference(self.case.dtype, state) as reference:
             for stage, stream in STAGES.items():
                 outputs = self.workload.expected(reference, at(case, self.case.dtype), stream)
-                _keep_largest(errors, gate.errors(outputs, answers[stage]))
+                _keep_largest(errors, gate.errors(outputs, answers[stage], norms[stage]))
                 if self.variant.opaque:
                     _keep_largest(errors, {n: gate.opaque_rounding(t) for n, t in outputs.items()})
         return errors
@@ -221,11 +234,11 @@ def oracle_path(scratch: Path, case: Case, stage: str) -> Path:
 
 
 def load_answers(scratch: Path, case: Case, stage: str) -> dict[str, Tensor]:
-    """The oracle's answers, mapped from their file."""
+    """The oracle's answers, mapped from their file into host memory."""
     import torch
 
     path = oracle_path(scratch, case, stage)
-    loaded: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
+    loaded: dict[str, Tensor] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
     return loaded
 
 
@@ -263,24 +276,35 @@ def _keep_largest(into: dict[str, float], found: Mapping[str, float]) -> None:
 
 
 def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Host copies; in float32 where float64 would be very large."""
+    """In float32 where float64 would be very large. Else where they are: torch.save fetches each."""
+    import torch
+
+    tensors = {n: t.detach() for n, t in tensors.items()}
     large = sum(t.numel() * t.element_size() for t in tensors.values()) > LARGE_ORACLE_BYTES
-    return {
-        n: t.detach().cpu().float() if large and t.is_floating_point() else t.detach().cpu()
-        for n, t in tensors.items()
-    }
+    narrow = {n: t.float().cpu() if large and t.dtype == torch.float64 else t for n, t in tensors.items()}
+    return {n: t if t.untyped_storage().nbytes() == t.nbytes else t.cpu() for n, t in narrow.items()}
+
+
+@contextmanager
+def _writers() -> Iterator[ThreadPoolExecutor]:
+    """Threads to write files in while the oracle works: gigabytes each, a core each.
+
+    Without checksums, which would take most of the time; torch keeps that choice by thread or by process.
+    """
+    from torch.serialization import get_crc32_options, set_crc32_options
+
+    kept = get_crc32_options()
+    try:
+        with ThreadPoolExecutor(initializer=set_crc32_options, initargs=(False,)) as pool:
+            yield pool
+    finally:
+        set_crc32_options(kept)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors for other processes of this run. Their checksums would take most of the time."""
     import torch
 
-    kept = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(dict(tensors), path)
-    finally:
-        torch.serialization.set_crc32_options(kept)
+    torch.save(dict(tensors), path)
 
 
 def _state_digest(state: Mapping[str, Tensor]) -> str:

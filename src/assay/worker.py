@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -135,6 +135,14 @@ class Runner:
                 return self.finish(profile=request.profile)
             case Open():
                 raise AssertionError("a runner is opened once")
+
+    def import_ahead(self) -> None:
+        """Import what Build will want: seconds, while other workers start too. Build says what is missing."""
+        for module in self.variant.imports(self.case, self._options()):
+            with suppress(ImportError):
+                importlib.import_module(module)
+        if self.arm.options.get("compile"):
+            importlib.import_module("torch._inductor.compile_fx")
 
     def close(self) -> None:
         """Leave the system's context."""
@@ -501,8 +509,7 @@ def main() -> None:
         gc.disable()  # what is imported is there to stay: a fifth of torch's and inductor's imports
         import_torch()
         runner = open_runner(opening)
-        if runner.arm.options.get("compile"):
-            importlib.import_module("torch._inductor.compile_fx")  # seconds, while other workers start too
+        runner.import_ahead()
         gc.enable()
         runner.import_s = time.perf_counter() - begin
         send(Opened(import_s=runner.import_s))

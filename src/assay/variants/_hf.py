@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from assay.contracts import Case, Claim, LanguageModel, Option, Options, Variant
-from assay.systems.decoder.shapes import check_params
+from assay.systems.decoder.shapes import check_params, resolve
 from assay.variants._decoder import oracle
 
-__all__ = ["stock"]
+__all__ = ["imports", "stock"]
 
 _OPTIONS = {
     "attn_implementation": Option(default="sdpa", help="transformers' attention", choices=("sdpa", "eager"))
@@ -24,10 +24,18 @@ def stock(summary: str, *, liger: bool) -> Variant:
         options=_OPTIONS,
         claims=lambda case, options: _claims(case, options, liger),
         requires=("transformers", "cuda", "liger_kernel") if liger else ("transformers",),
+        imports=lambda case, _options: imports(case, liger=liger),
         oracle=oracle,
         workloads=("train", "infer", "generate"),
         check=lambda case, _options: check_params(case.params),
     )
+
+
+def imports(case: Case, *, liger: bool) -> Sequence[str]:
+    """The modules behind the transformers model of a case's shape."""
+    kind = resolve(str(case.params["shape"])).config.architecture.removesuffix("ForCausalLM").lower()
+    theirs = ["liger_kernel.transformers.monkey_patch"] if liger else []
+    return [f"transformers.models.{kind}.modeling_{kind}", *theirs]
 
 
 def _attention(options: Options) -> str:

@@ -12,6 +12,7 @@ from assay.systems.decoder.parts import LIGER, Parts
 from assay.systems.decoder.shapes import check_params, resolve
 from assay.variants._decoder import claims as decoder_claims
 from assay.variants._decoder import oracle
+from assay.variants._hf import imports as hf_imports
 from assay.variants._hf import stock
 
 __all__ = ["VARIANT"]
@@ -115,6 +116,12 @@ def _offloading(case: Case, given: Mapping[str, Scalar]) -> dict[str, Any]:
     }
 
 
+def imports(case: Case, options: Options) -> Sequence[str]:
+    """Those of a stock transformers base."""
+    base = str(chosen(options)["base"])
+    return hf_imports(case, liger=base == "hf-liger") if base.startswith("hf") else ()
+
+
 def claims(case: Case, options: Options) -> Sequence[Claim]:
     """The base's; that the policy took effect in the steps that were timed; and that it lost nothing."""
     given = chosen(options)
@@ -208,6 +215,7 @@ VARIANT = Variant(
     build=build,
     options=OPTIONS,
     claims=claims,
+    imports=imports,
     oracle=oracle,
     workloads=("train",),
     check=check,
