@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,11 +72,14 @@ class OracleMaker:
                 for f in probe_figures(self.workload, oracle, at(case, above))
                 if not f.passed
             ]
-        for stage, tensors in answers.items():
-            written.append(pool.submit(_save, _compact(tensors), oracle_path(self.scratch, self.case, stage)))
+        answered = [
+            pool.submit(_save, _compact(tensors), oracle_path(self.scratch, self.case, stage))
+            for stage, tensors in answers.items()
+        ]
         norms = {stage: gate.gradient_norm(tensors) for stage, tensors in answers.items()}
+        wait(answered)  # copies from the device beside a graph's capture by the reference would break that
         reference = self._reference_errors(case, state, answers, norms, alone=bool(unraised))
-        for file in written:
+        for file in written + answered:
             file.result()
         return OracleMade(
             case=case,
