@@ -164,8 +164,8 @@ def test_names_of_the_decoder_are_frozen() -> None:
 def test_names_of_the_offloader_are_frozen() -> None:
     assert offload.__all__ == [
         *("BlockProfile", "Candidate", "Choice", "Link", "Offloader", "Piece", "Plan", "PlannedOffloader"),
-        *("Prediction", "Profile", "Skipped", "Statistics", "make_plan", "offload_activations"),
-        *("plan_activations", "profile_step", "simulate"),
+        *("Prediction", "Profile", "Skipped", "Statistics", "gradient_errors", "make_plan"),
+        *("offload_activations", "plan_activations", "profile_step", "simulate"),
     ]
     assert set(offload.__all__) <= set(dir(offload))
     with pytest.raises(AttributeError, match=r"'assay.systems.offload' has no attribute 'ofload'"):

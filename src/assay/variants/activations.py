@@ -18,7 +18,7 @@ from assay.variants._hf import stock
 __all__ = ["VARIANT"]
 
 MIB = 2**20
-AUTO = "auto"
+AUTO, NONE = "auto", "none"
 LEAST_SHARE = 0.5  # of what there is to do: saved bytes in storages of min_bytes or more, or those of a plan
 BASES = ("sdpa", "fused", "liger", "hf", "hf-liger")
 OPTIONS = {
@@ -45,6 +45,7 @@ OPTIONS = {
     "prefetch": Option(default=True, help="of offload_activations", choices=(False, True)),
     "threads": Option(default=0, help="of torch on the CPU; 0: as torch has it", minimum=0),
     "pin": Option(default=True, help="of offload_activations", choices=(False, True)),
+    "lossy": Option(default=NONE, help="of offload_activations", choices=(NONE, "fp8")),
 }
 
 
@@ -113,6 +114,7 @@ def _offloading(case: Case, given: Mapping[str, Scalar]) -> dict[str, Any]:
         "skip_last": int(given["skip_last"]),
         "prefetch": bool(given["prefetch"]),
         "pin": bool(given["pin"]),
+        "lossy": None if given["lossy"] == NONE else str(given["lossy"]),
     }
 
 
@@ -123,7 +125,7 @@ def imports(case: Case, options: Options) -> Sequence[str]:
 
 
 def claims(case: Case, options: Options) -> Sequence[Claim]:
-    """The base's; that the policy took effect in the steps that were timed; and that it lost nothing."""
+    """The base's; that the policy took effect in the timed steps; and, unless it is lossy, lost nothing."""
     given = chosen(options)
     base, policy = str(given["base"]), str(given["policy"])
     if base.startswith("hf"):
@@ -132,19 +134,25 @@ def claims(case: Case, options: Options) -> Sequence[Claim]:
         found = list(decoder_claims(case, parts(case, base)))
     if policy == "off":
         return found
-    return [*found, *_effect(case, policy, int(given["skip_last"])), *_LOSSLESS]
+    kept = _LOSSLESS if given["lossy"] == NONE else _LOSSY
+    return [*found, *_effect(case, policy, int(given["skip_last"])), _COMPARED, kept]
 
 
-_LOSSLESS = (
-    Claim(
-        counter="compared_tensors", comparison=">", value=0, why="gradients were held against those without"
-    ),
-    Claim(
-        counter="different_tensors",
-        comparison="==",
-        value=0,
-        why="loss and gradients are those without the policy",
-    ),
+_COMPARED = Claim(
+    counter="compared_tensors", comparison=">", value=0, why="gradients were held against those without"
+)
+_LOSSLESS = Claim(
+    counter="different_tensors",
+    comparison="==",
+    value=0,
+    why="loss and gradients are those without the policy",
+)
+_LOSSY = Claim(
+    counter="offload_bytes_spared",
+    comparison=">",
+    value=0,
+    why="activations left in their lossy form",
+    timed=True,
 )
 
 
@@ -168,7 +176,7 @@ def _effect(case: Case, policy: str, skip_last: int) -> list[Claim]:
             ),
         ]
     if policy == "offload":
-        why = "activations left"
+        why = "activations left (none do where max_inflight_mib holds them all)"
         found += [Claim(counter="offload_bytes_out", comparison=">", value=0, why=why, timed=True)]
         if not skip_last:
             why = "most of what is saved and large enough left"
@@ -208,6 +216,8 @@ def check(case: Case, options: Options) -> None:
         raise UsageError("target_share is no share", expected="above 0, below 1", got=given["target_share"])
     if float(given["target_mib"]) < 0:
         raise UsageError("target_mib is too small", expected="above 0", got=given["target_mib"])
+    if given["lossy"] != NONE and given["policy"] != "offload":
+        raise UsageError("lossy is of another policy", expected="policy=offload", got=given["policy"])
 
 
 VARIANT = Variant(

@@ -137,7 +137,9 @@ class PolicyLM:
         }
 
     def _bytes_out(self) -> int:
-        return int(self._policy.counters().get("offload_bytes_out", 0))
+        """By their size on the device."""
+        counters = self._policy.counters()
+        return int(counters.get("offload_bytes_out", 0)) + int(counters.get("offload_bytes_spared", 0))
 
     def _share_out(self, ledger: Ledger, bytes_out: int) -> dict[str, Scalar]:
         """Of an offloader: what left, over what had to by the ledger: storages large enough, without the last

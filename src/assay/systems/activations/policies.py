@@ -60,7 +60,7 @@ class Offload(Policy):
         self.offloader, self._context = offloader, offloader if context is None else context
         self._added: Statistics | None = None
         self._steps = self._unbalanced = self._allocations = 0
-        self._out = self._back = self._recalled = 0
+        self._out = self._back = self._recalled = self._spared = 0
 
     @contextlib.contextmanager
     def around(self, *held: Tensor) -> Iterator[None]:
@@ -76,6 +76,7 @@ class Offload(Policy):
         found: dict[str, Scalar] = {
             "offload_steps": self._steps,
             "offload_bytes_out": self._out,
+            "offload_bytes_spared": self._spared,
             "offload_bytes_back": self._back,
             "offload_bytes_recalled": self._recalled,
             "offload_unbalanced_steps": self._unbalanced,
@@ -94,6 +95,7 @@ class Offload(Policy):
             return
         self._added = last
         self._out += last.bytes_out
+        self._spared += last.bytes_spared
         self._back += last.bytes_back
         self._recalled += last.bytes_recalled
         self._allocations += last.pinned_allocations

@@ -11,10 +11,11 @@
         model(ids_BT).loss.backward()
 
 Read hooks.py, which is the system; options.py is what it may be asked for, entries.py and storages.py what it
-knows of tensors, devices.py the little it asks of a device, pool.py where the bytes wait. plan.py has the
-words of planning: profile.py measures a step, walk.py predicts what a plan of it costs, search.py finds the
-plan, planned.py has blocks do it, and choosing.py decides tensor by tensor. docs/offload.md shows how to use
-it all. Importing this package does not import torch: names are imported when they are first asked for.
+knows of tensors, devices.py the little it asks of a device, pool.py where the bytes wait; fp8.py is the form
+in which they may be lossy, errors.py what that costs in accuracy. plan.py has the words of planning:
+profile.py measures a step, walk.py predicts what a plan of it costs, search.py finds the plan, planned.py
+has blocks do it, and choosing.py decides tensor by tensor. docs/offload.md shows how to use it all.
+Importing this package does not import torch: names are imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 from assay.lazy import exports
 
 if TYPE_CHECKING:
+    from assay.systems.offload.errors import gradient_errors
     from assay.systems.offload.hooks import Offloader, offload_activations
     from assay.systems.offload.options import Candidate
     from assay.systems.offload.plan import (
@@ -54,6 +56,7 @@ __all__ = [
     "Profile",
     "Skipped",
     "Statistics",
+    "gradient_errors",
     "make_plan",
     "offload_activations",
     "plan_activations",
@@ -76,6 +79,7 @@ __getattr__, __dir__ = exports(
         "Profile": "plan",
         "Skipped": "statistics",
         "Statistics": "statistics",
+        "gradient_errors": "errors",
         "make_plan": "search",
         "offload_activations": "hooks",
         "plan_activations": "planned",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from assay.systems.offload import fp8
 from assay.systems.offload.devices import Device
 from assay.systems.offload.pool import Block, HostPool
 from assay.systems.offload.statistics import Statistics
@@ -39,8 +40,8 @@ class Queue:
         return len(self._entries)
 
     def append(self, entry: Entry) -> None:
-        self._entries.append((weakref.ref(entry), entry.nbytes))
-        self.nbytes += entry.nbytes
+        self._entries.append((weakref.ref(entry), entry.wire_bytes))
+        self.nbytes += entry.wire_bytes
 
     def oldest(self) -> tuple[Entry | None, int]:
         """And its bytes."""
@@ -99,7 +100,7 @@ class Line:
 
     def add_ahead(self, entry: Entry) -> None:
         """Count what was asked for early."""
-        self._ahead.append((weakref.ref(entry), entry.nbytes))
+        self._ahead.append((weakref.ref(entry), entry.wire_bytes))
 
     def missed(self, index: int) -> None:
         """An entry had to be brought back when it was needed: the prefetch may have lost its way.
@@ -129,7 +130,10 @@ class Storage:
 
 
 class Entry:
-    """Part of a storage at one version: bytes `start` to `end`, on the device (`source`) or the host."""
+    """Part of a storage at one version: bytes `start` to `end`, on the device (`source`) or the host.
+
+    Once `coded`, what is still on the device, crosses the link and waits is its lossy form, of `wire_bytes`.
+    """
 
     def __init__(
         self,
@@ -147,6 +151,9 @@ class Entry:
         self.start, self.nbytes = start, source.numel()
         self.before_bytes = line.nbytes  # of the entries before it
         self.end = start + self.nbytes
+        self.wire_bytes = self.nbytes
+        self.dtype: torch.dtype | None = None  # of its elements, where views agree and leave none out
+        self.coded = False
         self.handles: list[weakref.ref[Handle]] = []
         self.version = version
         self.source: Tensor | None = source
@@ -163,7 +170,13 @@ class Entry:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the content is still what it was, as far as version counters tell."""
+        if self.coded and tensor.dtype != self.dtype:
+            return False
         return self.version.now == self.version.expected == tensor._version
+
+    def lossy_dtype(self) -> torch.dtype | None:
+        """Of its elements, where they may be coded."""
+        return self.dtype if self.dtype in fp8.DTYPES else None
 
     def borrowed(self) -> Tensor | None:
         """The bytes restored last, where a consumer still holds them: a node may read its tensors twice."""

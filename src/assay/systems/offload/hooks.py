@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from assay.systems.offload import fp8
 from assay.systems.offload.choosing import Chooser
 from assay.systems.offload.devices import Device, open_device
 from assay.systems.offload.entries import Entry, Handle, Kept, Lane, Line, Step, Storage
@@ -52,11 +53,12 @@ def offload_activations(
     device: str | None = None,
     policy: Policy | None = None,
     target_mib: float | None = None,
+    lossy: str | None = None,
 ) -> Offloader:
     """A context manager that moves what autograd saves inside it to host memory until backward needs it.
 
     Make it once and enter it every step: it owns the pool of host memory. Backward may run inside or outside.
-    Gradients are bit-identical to those without it.
+    Gradients are bit-identical to those without it, unless `lossy`.
 
     `held` are modules and tensors (also in lists, tuples and mappings) that the caller keeps alive anyway:
     they, parameters, buffers and views of them stay where they are. Parameters stay also when not named here.
@@ -73,6 +75,9 @@ def offload_activations(
     policy: asked once for each storage that passes all the rest; false means that it stays.
     target_mib: activations on a device peak at this, and what leaves is chosen so that compute waits least.
         All leaves in the first two steps, of which the second is watched; steps have to be alike.
+    lossy: "fp8" sends bfloat16, float16 and float32 as block-scaled FP8 (fp8.py): half or a quarter of the
+        bytes, and gradients that are not exact: see gradient_errors. What stays, or is of another dtype, or
+        saved as a view with gaps, is exact. Not together with target_mib.
 
     Raises UsageError for an option that cannot be, Unavailable where there is no such device or the budget is
     more than the host's memory. A target that cannot be reached is a UsageError when the third step begins.
@@ -80,7 +85,7 @@ def offload_activations(
     options = Options(
         min_bytes=min_bytes, max_inflight_bytes=max_inflight_bytes, prefetch=prefetch, pin=pin,
         skip_last=skip_last, budget_bytes=budget_bytes, device=device, policy=policy,
-        target_mib=target_mib,
+        target_mib=target_mib, lossy=lossy,
     )  # fmt: skip
     return Offloader(held, options)
 
@@ -235,6 +240,8 @@ class Offloader:
             return handle
         if entry.block:
             entry.statistics.tensors += 1
+        if tensor.dtype != entry.dtype:
+            entry.dtype = None
         return Handle(self._unpack, entry, tensor, Version(tensor))
 
     def _shared(self, tensor: Tensor, start: int, end: int) -> Entry | None:
@@ -270,6 +277,8 @@ class Offloader:
         entry = Entry(
             lane, line, step.statistics, self._pool, source, start, Version(tensor), candidate.index
         )
+        if tensor.numel() * tensor.dtype.itemsize == entry.nbytes:
+            entry.dtype = tensor.dtype
         line.order.append(weakref.ref(entry))
         line.nbytes += entry.nbytes
         known.entries = [ref for ref in known.entries if ref() is not None]
@@ -309,24 +318,30 @@ class Offloader:
     def _send(self, entry: Entry) -> None:
         statistics = entry.statistics
         allocations = self._pool.allocations
-        block = self._pool.take(entry.nbytes)
+        dtype = entry.lossy_dtype() if self.options.lossy else None
+        wire_bytes = fp8.encoded_bytes(entry.nbytes, dtype) if dtype else entry.nbytes
+        block = self._pool.take(wire_bytes)
         if block is None:
             statistics.skip("budget", entry.nbytes)
             entry.counted = True
             return
         lane, device, source = entry.lane, entry.lane.device, entry.source
         assert source is not None
+        if dtype:
+            source = entry.source = fp8.encode(source, dtype)
+            entry.coded, entry.wire_bytes = True, wire_bytes
         entry.stream = device.compute()
         device.wait(lane.out, device.record(entry.stream))
         for event in block.busy:
             device.wait(lane.out, event)
-        device.copy(lane.out, block.data[: entry.nbytes], source)
+        device.copy(lane.out, block.data[:wire_bytes], source)
         entry.block, entry.sent = block, device.record(lane.out)
         block.busy = [entry.sent]
         lane.leaving.append(entry)
         statistics.storages += 1
         statistics.tensors += len(entry.handles)
-        statistics.bytes_out += entry.nbytes
+        statistics.bytes_out += wire_bytes
+        statistics.bytes_spared += entry.nbytes - wire_bytes
         statistics.pinned_allocations += self._pool.allocations - allocations
         statistics.pool_bytes = self._pool.nbytes
         statistics.pool_peak_bytes = max(statistics.pool_peak_bytes, self._pool.in_use)
@@ -358,10 +373,14 @@ class Offloader:
                 self._chooser.used(entry.candidate, entry.lane.device)
             if entry.source is not None:
                 self._count_recall(entry)
-                return handle.view(entry.source, 0)
+                if not entry.coded:
+                    return handle.view(entry.source, 0)
             if entry.restored is None:
                 entry.restored = entry.borrowed()
-            if entry.restored is None:
+            if entry.restored is None and entry.source is not None:
+                self._decode(entry, entry.source)
+                entry.turn += 1
+            elif entry.restored is None:
                 entry.line.missed(entry.index)
                 self._fetch(entry)
             data = self._ready(entry)
@@ -376,7 +395,7 @@ class Offloader:
         if not entry.counted:
             entry.counted = True
             if entry.block:
-                entry.statistics.bytes_recalled += entry.nbytes
+                entry.statistics.bytes_recalled += entry.wire_bytes
             else:
                 entry.statistics.skip("last", entry.nbytes)
         self._prefetch(entry)
@@ -386,15 +405,15 @@ class Offloader:
         lane, device, block = entry.lane, entry.lane.device, entry.block
         assert block is not None
         entry.stream = device.compute()
-        entry.restored = device.empty(entry.nbytes)
+        entry.restored = device.empty(entry.wire_bytes)
         device.wait(lane.back, device.record(entry.stream))
         device.wait(lane.back, entry.sent)
-        device.copy(lane.back, entry.restored, block.data[: entry.nbytes])
+        device.copy(lane.back, entry.restored, block.data[: entry.wire_bytes])
         entry.arrived = device.record(lane.back)
         entry.awaited = False
         entry.turn += 1
         block.busy = [entry.arrived]
-        entry.statistics.bytes_back += entry.nbytes
+        entry.statistics.bytes_back += entry.wire_bytes
 
     def _ready(self, entry: Entry) -> Tensor:
         """The restored bytes, once compute has been told to wait for them."""
@@ -405,8 +424,18 @@ class Offloader:
             device.used_by(data, stream)
         if stream != entry.stream or not entry.awaited:
             self._stall(entry, stream, entry.arrived)
+            if entry.coded and not entry.awaited:
+                data = self._decode(entry, data)
             entry.awaited = True
         return data
+
+    def _decode(self, entry: Entry, coded: Tensor) -> Tensor:
+        """The bytes as near as they were kept, on the compute stream."""
+        assert entry.dtype is not None
+        entry.stream = entry.lane.device.compute()
+        entry.restored = fp8.decode(coded, entry.nbytes, entry.dtype)
+        entry.arrived = entry.lane.device.record(entry.stream)
+        return entry.restored
 
     def _stall(self, entry: Entry, stream: Any, event: Any) -> None:
         """Make a compute stream wait, and count for how long where the event has not happened yet."""
@@ -437,11 +466,11 @@ class Offloader:
         while line.cursor > 0:
             other = line.order[line.cursor - 1]()
             if other and other.source is None and other.restored is None and other.consumed_by != task:
-                if ahead and ahead + other.nbytes > limit:
+                if ahead and ahead + other.wire_bytes > limit:
                     return
                 self._fetch(other)
                 line.add_ahead(other)
-                ahead += other.nbytes
+                ahead += other.wire_bytes
             line.cursor -= 1
 
     # Identity

@@ -59,6 +59,7 @@ class Options:
     device: str | None = None
     policy: Policy | None = None
     target_mib: float | None = None
+    lossy: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("min_bytes", "max_inflight_bytes", "skip_last"):
@@ -69,6 +70,10 @@ class Options:
             raise UsageError("budget_bytes is too small", expected="> 0", got=self.budget_bytes)
         if self.target_mib is not None and self.target_mib <= 0:
             raise UsageError("target_mib is too small", expected="> 0", got=self.target_mib)
+        if self.lossy not in (None, "fp8"):
+            raise UsageError("unknown lossy form", expected="fp8, or None", got=self.lossy)
+        if self.lossy and self.target_mib is not None:
+            raise UsageError("lossy does not go with target_mib", expected="one of them", got="both")
 
     def inflight_bytes(self, largest: int, total: int | None) -> int:
         """What may be in flight, given the largest storage so far and, once known, all bytes of a step."""

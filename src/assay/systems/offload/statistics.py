@@ -29,6 +29,9 @@ class Statistics:
     storages: int = 0
     """Copies out: one for each storage, or part of one."""
     bytes_out: int = 0
+    """Over the link, as those that come back."""
+    bytes_spared: int = 0
+    """By the lossy form: what left held so many bytes more than bytes_out."""
     bytes_back: int = 0
     bytes_recalled: int = 0
     """Copied out, but needed while still on the device."""
