@@ -18,6 +18,7 @@ from assay.systems.offload.plan import Link
 __all__ = ["CpuDevice", "CudaDevice", "Device", "measure_link", "open_device"]
 
 LINK_BYTES = 64 * 2**20
+HOST_LINK_BYTES = 2**20  # on the CPU, where no plan rests on it and a budget may be small
 LINK_COPIES = 4
 
 
@@ -72,8 +73,9 @@ def open_device(device: torch.device) -> Device:
 
 def measure_link(device: Device, pin: bool = True) -> Link:
     """How fast bytes go to host memory and back, each alone. Waits for the device."""
-    here = device.empty(LINK_BYTES)
-    host = torch.zeros(LINK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pin and here.is_cuda)
+    nbytes = LINK_BYTES if device.overlaps else HOST_LINK_BYTES
+    here = device.empty(nbytes)
+    host = torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin and here.is_cuda)
     stream = device.stream()
     device.wait(stream, device.record(device.compute()))
     rates = []
@@ -82,7 +84,7 @@ def measure_link(device: Device, pin: bool = True) -> Link:
         start = device.record(stream, True)
         for _ in range(LINK_COPIES):
             device.copy(stream, destination, source)
-        rates.append(LINK_COPIES * LINK_BYTES / device.elapsed_ms(start, device.record(stream, True)) * 1e3)
+        rates.append(LINK_COPIES * nbytes / device.elapsed_ms(start, device.record(stream, True)) * 1e3)
     return Link(out_bytes_per_s=rates[0], back_bytes_per_s=rates[1])
 
 
