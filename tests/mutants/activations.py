@@ -17,7 +17,7 @@ from assay.systems.offload.hooks import Offloader
 from tests.mutants import offload as offloaders
 from tests.systems.offload.helpers import LateDevice, make
 
-__all__ = ["RIGHT_AUTO", "WRONG"]
+__all__ = ["MISSED_MIB", "MISSED_TARGET", "RIGHT_AUTO", "WRONG"]
 
 Made = Callable[[nn.Module, list[nn.Module]], Policy]
 
@@ -80,7 +80,7 @@ class NothingOfThePlanLeaves(Auto):
         return planned
 
 
-def _auto(kind: type[Auto]) -> Made:
+def _auto(kind: type[Auto], target_mib: float | None = None) -> Made:
     """Under the leanest plan, which recomputes and offloads."""
 
     def build(module: nn.Module, blocks: list[nn.Module]) -> Policy:
@@ -89,7 +89,7 @@ def _auto(kind: type[Auto]) -> Made:
             return found
 
         common: dict[str, Any] = {"device": "cpu", "min_bytes": 1024, "pin": False}
-        return kind(module, blocks, loss, size=(2, 16), share=0.01, target_mib=None, **common)
+        return kind(module, blocks, loss, size=(2, 16), share=0.01, target_mib=target_mib, **common)
 
     return build
 
@@ -131,3 +131,5 @@ WRONG: dict[str, tuple[str, Made, str]] = {
 }
 
 RIGHT_AUTO: Made = _auto(Auto)
+MISSED_MIB = 0.001
+MISSED_TARGET: Made = _auto(Auto, target_mib=MISSED_MIB)

@@ -13,7 +13,7 @@ from assay.systems.activations.policies import Checkpoint, Offload
 from assay.systems.decoder.adapter import ModuleLM
 from assay.systems.decoder.build import build_decoder
 from assay.systems.decoder.parts import Parts
-from tests.mutants.activations import RIGHT_AUTO, WRONG, Made
+from tests.mutants.activations import MISSED_MIB, MISSED_TARGET, RIGHT_AUTO, WRONG, Made
 from tests.systems.offload.helpers import make
 
 CASE = Case(workload="train", params={"shape": "tiny", "batch_size": 2, "seq_length": 16})
@@ -28,7 +28,7 @@ def decoder() -> ModuleLM:
     return build_decoder("tiny", Parts(attention="sdpa"), name="d", dtype="fp32", device="cpu", seed=0)
 
 
-def disproved(policy: str, built: Made) -> list[str]:
+def disproved(policy: str, built: Made, **options: str | float) -> list[str]:
     """The claims of a policy that are not borne out by steps as the worker takes them."""
     inner = decoder()
     system = PolicyLM(inner, built(inner.module, blocks_of(inner.module)), 2, 16)
@@ -37,7 +37,7 @@ def disproved(policy: str, built: Made) -> list[str]:
         ids_BT = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(seed))
         system.loss(ids_BT).backward()
         system.zero_grad()
-    claims = find("variants", "activations").claims(CASE, {"policy": policy})
+    claims = find("variants", "activations").claims(CASE, {"policy": policy, **options})
     mine = [claim for claim in claims if not claim.counter.startswith("ops.")]
     return gate.prove(mine, system.proof(), before)
 
@@ -52,3 +52,20 @@ def test_wrong_policy_fails_the_claim_that_its_name_is_beside(name: str) -> None
 @pytest.mark.parametrize("policy", RIGHT)
 def test_right_policy_bears_out_every_claim(policy: str) -> None:
     assert disproved(policy, RIGHT[policy]) == []
+
+
+def lossy(module: torch.nn.Module, _blocks: list[torch.nn.Module]) -> Offload:
+    return Offload(make(held=[module], max_inflight_bytes=4096, min_bytes=1024, lossy="fp8"))
+
+
+def test_lossy_offloading_is_claimed_as_what_it_is() -> None:
+    assert disproved("offload", lossy, lossy="fp8") == []
+    assert any("different_tensors" in line for line in disproved("offload", lossy))
+    (line,) = disproved("offload", RIGHT["offload"], lossy="fp8")
+    assert "offload_bytes_spared" in line
+
+
+def test_plan_that_misses_the_target_it_was_given_is_no_plan_for_it() -> None:
+    (line,) = disproved("auto", MISSED_TARGET, target_mib=MISSED_MIB)
+    assert "plan_over_target" in line
+    assert "no plan meets target_mib" in line

@@ -134,12 +134,20 @@ def claims(case: Case, options: Options) -> Sequence[Claim]:
         found = list(decoder_claims(case, parts(case, base)))
     if policy == "off":
         return found
+    if policy == "auto" and float(given["target_mib"]):
+        found.append(_TARGET)
     kept = _LOSSLESS if given["lossy"] == NONE else _LOSSY
     return [*found, *_effect(case, policy, int(given["skip_last"])), _COMPARED, kept]
 
 
 _COMPARED = Claim(
     counter="compared_tensors", comparison=">", value=0, why="gradients were held against those without"
+)
+_TARGET = Claim(
+    counter="plan_over_target",
+    comparison="<=",
+    value=1,
+    why="the plan's peak is within the target (no plan meets target_mib, and the leanest ran)",
 )
 _LOSSLESS = Claim(
     counter="different_tensors",

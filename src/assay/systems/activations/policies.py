@@ -144,9 +144,8 @@ class Auto(Policy):
     The target is `target_mib` above what is allocated before the step, or else `share` of the activation
     peak, which is the peak of a step that keeps everything without the gradients that it leaves. `loss` is
     that of the model on (B, T) token ids. Where a step that keeps everything does not fit, one of half the
-    batch is measured. Where no plan meets the target it is the leanest: `plan_peak_mib` is then above
-    `plan_target_mib`. `size` is the one that is timed; gates and proofs may run at others, each with a plan
-    of its own.
+    batch is measured. Where no plan meets the target it is the leanest, and `plan_over_target` above 1.
+    `size` is the one that is timed; gates and proofs may run at others, each with a plan of its own.
     """
 
     def __init__(
@@ -217,7 +216,7 @@ class Auto(Policy):
 
     def _target_bytes(self, profile: Profile) -> int:
         if self._target_mib is not None:
-            return int(self._target_mib * MIB)
+            return max(1, int(self._target_mib * MIB))
         parameters = self._module.parameters() if self._where["device"].startswith("cuda") else ()
         gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
         return gradients + int(self._share * (profile.peak_bytes - gradients))
@@ -239,6 +238,7 @@ class Auto(Policy):
             **{f"plan_blocks.{choice}": n for choice, n in did.items()},
             "plan_target_mib": self._targets[self._size] / MIB,
             "plan_peak_mib": plan.predicted.peak_bytes / MIB,
+            "plan_over_target": plan.predicted.peak_bytes / self._targets[self._size],
             "plan_step_ms": plan.predicted.step_ms,
             "plan_exposed_ms": plan.predicted.exposed_ms,
             "recomputed_blocks": recomputed,
