@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from assay import cli, config, session
+from assay.measure.record import Record
 from assay.measure.store import read_records
+from assay.report.progress import RichProgress
 from assay.wire import Check, Failure, Gated, Open
 from tests.sessions import FAILED, Stage, at_request
 
@@ -126,6 +129,33 @@ def test_slower_arm_fails_the_run_only_where_that_was_asked_for(
 def test_no_verdict_where_one_was_asked_for_ends_with_5(run: Run) -> None:
     one = [*TINY, "--launches", "1", "--benchmark-steps", "4", "--fail-if-slower"]
     assert run("compare", "eager", "sdpa", *one) == 5
+
+
+@pytest.mark.parametrize(("flag", "code"), [([], 0), (["--fail-if-slower"], 5)])
+def test_run_that_ctrl_c_stopped_holds_no_threshold(
+    run: Run, monkeypatch: pytest.MonkeyPatch, flag: list[str], code: int
+) -> None:
+    """Two launches of three are a verdict, and the second workload was never begun."""
+
+    def stop(self: RichProgress, record: Record) -> None:
+        if record.launch == 1 and record.arm.name == "sdpa":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RichProgress, "record", stop)
+    more = ["--workload", "infer,train", "--launches", "3", "--benchmark-steps", "12", *flag]
+    assert run("compare", "eager", "sdpa", *TINY[2:], *more, "--dir", "run") == code
+
+
+def test_suite_that_ctrl_c_stopped_says_so_and_ends_with_130(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: RichProgress, total_launches: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RichProgress, "started", stop)
+    monkeypatch.setattr("assay.report.html.render_html", lambda *_args: "")
+    assert run("vram", "--device", "cpu", "--dir", "run") == 130
+    assert "interrupted: not all was measured; the same command with --resume" in capsys.readouterr().out
 
 
 def test_failed_gate_ends_with_2_and_prints_no_ratio(

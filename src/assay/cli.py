@@ -1,7 +1,8 @@
 """The command line: verbs only. Every verb's work is imported when it runs, so that help never waits.
 
-Exit codes: 0 measured and every threshold asked for held; 1 a threshold failed; 2 a gate or proof failed;
-3 nothing could be measured on this machine; 4 bad usage; 5 `unknown` where a threshold was asked for.
+Exit codes: 0 measured and every threshold asked for held; 1 a threshold failed; 2 a gate or proof failed, or
+samples are implausible or invalid; 3 nothing could be measured on this machine; 4 bad usage; 5 `unknown`
+where a threshold was asked for; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["app", "main"]
 app = App(
     name="assay",
     help="Put performance claims about PyTorch language models to the proof.",
-    help_epilogue="Exit codes: 0 measured, 1 threshold failed, 2 gate or proof failed, "
+    help_epilogue="Exit codes: 0 measured, 1 threshold failed, 2 gate or proof failed or samples void, "
     "3 nothing could be measured here, 4 bad usage, 5 unknown where a threshold was asked for.",
     version_flags=["--version"],
     default_parameter=Parameter(negative=()),

@@ -40,7 +40,8 @@ def execute(config: RunConfig, folder: str | None, output: str, *, resume: bool,
     if not outcome.records:
         console.print("nothing was measured before the run was stopped")
         return 130
-    return show(outcome.records, place, output, verbose=verbose)
+    code = show(outcome.records, place, output, verbose=verbose)
+    return 5 if outcome.interrupted and config.fail_if_slower and not code else code  # not all is judged
 
 
 def execute_suite(name: str, options: Options, folder: str | None, *, device: str, resume: bool) -> int:
@@ -71,6 +72,8 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
     render_findings(run.findings, out)
     if printed := found.printed(run):
         out.print(f"\n{printed}\n", soft_wrap=True, highlight=False, markup=False)
+    if run.state == "interrupted":
+        out.print("interrupted: not all was measured; the same command with --resume goes on", soft_wrap=True)
     out.print("written: " + ", ".join(map(str, paths)), soft_wrap=True, highlight=False, markup=False)
     return suite.exit_code(run)
 
