@@ -118,6 +118,21 @@ def test_arm_runs_under_its_own_interpreter_environment_and_folder(model: str, t
     assert "a word on standard output" not in done.stdout
 
 
+def test_profiler_says_nothing_on_the_terminal_of_a_run_inside_this_process(
+    model: str, tmp_path: Path
+) -> None:
+    """It looks at a step of each arm, and torch's has a line for its start and one for its stop."""
+    done = subprocess.run(
+        command("compare", model, model, *SMALL, "--launches=1", "--benchmark-steps=2", "--isolation=inline"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "making the oracle" in done.stderr
+    assert "profiler_st" not in done.stderr
+
+
 def test_interpreter_that_lacks_everything_ends_with_3(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     arm = f"eager[python={tmp_path}/bare/bin/python]"

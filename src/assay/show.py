@@ -54,7 +54,7 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
     console = Console(stderr=True)
 
     def observe(case: Case) -> RichProgress:
-        console.print(str(case), markup=False, highlight=False, style="dim")
+        console.print(str(case), markup=False, highlight=False, soft_wrap=True, style="dim")
         return RichProgress(console)
 
     def tell(tried: Attempted) -> None:
