@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from assay import cli, config, session
+from assay.measure import device
 from assay.measure.record import Record
 from assay.measure.store import read_records
+from assay.measure.verdict import StoredScatter
 from assay.report.progress import RichProgress
-from assay.wire import Check, Failure, Gated, Open
-from tests.sessions import FAILED, Stage, at_request
+from assay.wire import Check, Failure, Gated, Open, Oracle, Reply, Request
+from tests.sessions import FAILED, Scripted, Stage, at_request
 
 TINY = ["--workload", "infer", "--shape", "tiny", "--seq-length", "16", "--device", "cpu"]
 FEW = ["--launches", "2", "--benchmark-steps", "8"]
@@ -332,12 +334,62 @@ def test_output_that_is_a_folder_is_found_before_measuring(
     assert stage.opened == []
 
 
-@pytest.mark.parametrize("asked", [["--workload", "infr"], ["--launches", "1"]])
+def test_report_finds_an_output_that_it_cannot_write_before_it_draws(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(run) == 0
+    capsys.readouterr()
+    assert run("report", "run", "-o", "run") == 4
+    caught = capsys.readouterr()
+    assert (caught.out, len(caught.err.splitlines())) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [["--workload", "infr"], ["--workload", "infer,op"], ["--workload", ","], ["--launches", "1"]],
+)
 def test_calibration_that_cannot_be_is_refused_before_anything_is_measured(
     run: Run, capsys: pytest.CaptureFixture[str], asked: list[str]
 ) -> None:
     assert run("doctor", "--device", "cpu", "--calibrate", *asked) == 4
-    assert capsys.readouterr().out == ""
+    caught = capsys.readouterr()
+    assert (caught.out, len(caught.err.splitlines())) == ("", 1)
+
+
+def test_calibration_keeps_what_it_has_where_the_next_workload_fails(
+    run: Run,
+    stage: Stage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path))
+    rates = device.Ceilings(
+        device="cpu",
+        key="a-machine",
+        torch="2",
+        measured_at="today",
+        copy_bytes_per_s=1e9,
+        read_bytes_per_s=1e9,
+        cache_bytes_per_s=1e9,
+        cache_bytes=None,
+        matmul_flops_per_s={},
+    )
+    monkeypatch.setattr(device, "measure_ceilings", lambda _where: rates)
+
+    def training(arm: Scripted, request: Request) -> Reply | None:
+        asked = isinstance(request, Oracle) and arm.opening.case.workload == "train"
+        return Failure(status="error", reason="fell over") if asked else None
+
+    stage.faults = {"eager": training}
+    asked = ["--calibrate", "--workload", "infer,train", "--launches", "2"]
+    assert run("doctor", "--device", "cpu", *asked) == 3
+    assert (
+        "calibration needs two launches that ended well, got 0: error: fell over" in capsys.readouterr().err
+    )
+    stored = device.load_calibration("a-machine", StoredScatter)
+    assert stored is not None
+    assert list(stored.classes) == ["infer"]
 
 
 # Configurations

@@ -226,6 +226,26 @@ def test_killed_session_leaves_no_worker_and_is_resumed_and_interrupted(
     assert (tmp_path / "benchmark_results.json").exists()
 
 
+def test_terminated_run_leaves_no_worker_and_no_temporary_folder(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a cluster or a CI sends before kill -9: the canonical weights may be all that the disk holds."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    start = command("compare", model, model, *SMALL, "--benchmark-steps", "200000", "--dir", "run")
+    with subprocess.Popen(start, cwd=tmp_path, stderr=subprocess.PIPE) as terminated:
+        wait_for(lambda: len(list(temporary.glob("assay-*/worker-*.log"))) > 1, terminated)
+        workers = psutil.Process(terminated.pid).children(recursive=True)
+        terminated.terminate()
+        _, said = terminated.communicate(timeout=60)
+    assert terminated.returncode == 128 + signal.SIGTERM, said
+    assert b"Traceback" not in said
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    assert list(temporary.glob("assay-*")) == []
+
+
 @pytest.mark.slow
 def test_killed_run_resumes_without_repeating_a_launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

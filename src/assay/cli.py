@@ -8,6 +8,7 @@ where a threshold was asked for; 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -265,6 +266,8 @@ def report(folder: Path, *, output: Annotated[str | None, Parameter(name=("--out
     from assay import show
     from assay.measure.store import latest, read_records
 
+    if output is not None:
+        show.check_output(output)
     records = latest(read_records(folder))  # a launch that died and was repeated counts once
     if not records:
         raise UsageError(f"'{folder}' holds no records", expected="the folder of a run")
@@ -317,7 +320,10 @@ def doctor(
     """
     from assay import doctor as checks
 
-    return checks.run(device, _words(workload) if calibrate else [], launches)
+    asked = _words(workload) if calibrate else []
+    if calibrate and not asked:
+        raise UsageError("--workload names nothing", expected="one or more, separated by commas")
+    return checks.run(device, asked, launches)
 
 
 def _configuration(arms: Sequence[str], what: What, how: How) -> RunConfig:
@@ -449,8 +455,17 @@ def _verb(name: str, suite: Suite) -> Callable[..., int]:
 mount_suites()
 
 
+def _terminated(number: int, frame: object) -> None:
+    del frame
+    sys.exit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit. Every error of ours is one line on standard error."""
+    """Run the command line and exit. Every error of ours is one line on standard error.
+
+    A SIGTERM ends it as Ctrl-C does, at once: workers end, temporary folders go, what is on disk stays.
+    """
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as e:
