@@ -148,16 +148,25 @@ def test_run_that_ctrl_c_stopped_holds_no_threshold(
     assert run("compare", "eager", "sdpa", *TINY[2:], *more, "--dir", "run") == code
 
 
+@pytest.mark.parametrize(
+    ("moment", "said"),
+    [
+        ("started", "interrupted: nothing was measured"),
+        ("record", "interrupted: not all was measured; the same command with --resume goes on"),
+    ],
+)
 def test_suite_that_ctrl_c_stopped_says_so_and_ends_with_130(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str, said: str
 ) -> None:
-    def stop(self: RichProgress, total_launches: int) -> None:
+    def stop(self: RichProgress, *told: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(RichProgress, "started", stop)
+    monkeypatch.setattr(RichProgress, moment, stop)
     monkeypatch.setattr("assay.report.html.render_html", lambda *_args: "")
-    assert run("vram", "--device", "cpu", "--dir", "run") == 130
-    assert "interrupted: not all was measured; the same command with --resume" in capsys.readouterr().out
+    asked = ["vram", "--device", "cpu", "--policy", "off,checkpoint", "--dir", "run"]
+    assert run(*asked) == 130
+    assert said in capsys.readouterr().out
+    assert (Path("run") / "runs").exists() == (moment == "record")
 
 
 def test_failed_gate_ends_with_2_and_prints_no_ratio(

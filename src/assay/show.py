@@ -81,7 +81,8 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
     if printed := found.printed(run):
         out.print(f"\n{printed}\n", soft_wrap=True, highlight=False, markup=False)
     if run.state == "interrupted":
-        out.print(INTERRUPTED, soft_wrap=True)
+        begun = run.folder is not None and run.folder.exists()
+        out.print(INTERRUPTED if begun else "interrupted: nothing was measured", soft_wrap=True)
     out.print("written: " + ", ".join(map(str, paths)), soft_wrap=True, highlight=False, markup=False)
     return suite.exit_code(run)
 
