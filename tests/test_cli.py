@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +13,13 @@ import pytest
 import torch
 
 from assay import cli, config, session
+from assay.measure import device
+from assay.measure.record import Record
 from assay.measure.store import read_records
-from assay.wire import Check, Failure, Gated, Open
-from tests.sessions import FAILED, Stage, at_request
+from assay.measure.verdict import StoredScatter
+from assay.report.progress import RichProgress
+from assay.wire import Check, Failure, Gated, Open, Oracle, Reply, Request
+from tests.sessions import FAILED, Scripted, Stage, at_request
 
 TINY = ["--workload", "infer", "--shape", "tiny", "--seq-length", "16", "--device", "cpu"]
 FEW = ["--launches", "2", "--benchmark-steps", "8"]
@@ -126,6 +131,42 @@ def test_slower_arm_fails_the_run_only_where_that_was_asked_for(
 def test_no_verdict_where_one_was_asked_for_ends_with_5(run: Run) -> None:
     one = [*TINY, "--launches", "1", "--benchmark-steps", "4", "--fail-if-slower"]
     assert run("compare", "eager", "sdpa", *one) == 5
+
+
+@pytest.mark.parametrize(("flag", "code"), [([], 0), (["--fail-if-slower"], 5)])
+def test_run_that_ctrl_c_stopped_holds_no_threshold(
+    run: Run, monkeypatch: pytest.MonkeyPatch, flag: list[str], code: int
+) -> None:
+    """Two launches of three are a verdict, and the second workload was never begun."""
+
+    def stop(self: RichProgress, record: Record) -> None:
+        if record.launch == 1 and record.arm.name == "sdpa":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RichProgress, "record", stop)
+    more = ["--workload", "infer,train", "--launches", "3", "--benchmark-steps", "12", *flag]
+    assert run("compare", "eager", "sdpa", *TINY[2:], *more, "--dir", "run") == code
+
+
+@pytest.mark.parametrize(
+    ("moment", "said"),
+    [
+        ("started", "interrupted: nothing was measured"),
+        ("record", "interrupted: not all was measured; the same command with --resume goes on"),
+    ],
+)
+def test_suite_that_ctrl_c_stopped_says_so_and_ends_with_130(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str, said: str
+) -> None:
+    def stop(self: RichProgress, *told: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RichProgress, moment, stop)
+    monkeypatch.setattr("assay.report.html.render_html", lambda *_args: "")
+    asked = ["vram", "--device", "cpu", "--policy", "off,checkpoint", "--dir", "run"]
+    assert run(*asked) == 130
+    assert said in capsys.readouterr().out
+    assert (Path("run") / "runs").exists() == (moment == "record")
 
 
 def test_failed_gate_ends_with_2_and_prints_no_ratio(
@@ -302,12 +343,62 @@ def test_output_that_is_a_folder_is_found_before_measuring(
     assert stage.opened == []
 
 
-@pytest.mark.parametrize("asked", [["--workload", "infr"], ["--launches", "1"]])
+def test_report_finds_an_output_that_it_cannot_write_before_it_draws(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(run) == 0
+    capsys.readouterr()
+    assert run("report", "run", "-o", "run") == 4
+    caught = capsys.readouterr()
+    assert (caught.out, len(caught.err.splitlines())) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [["--workload", "infr"], ["--workload", "infer,op"], ["--workload", ","], ["--launches", "1"]],
+)
 def test_calibration_that_cannot_be_is_refused_before_anything_is_measured(
     run: Run, capsys: pytest.CaptureFixture[str], asked: list[str]
 ) -> None:
     assert run("doctor", "--device", "cpu", "--calibrate", *asked) == 4
-    assert capsys.readouterr().out == ""
+    caught = capsys.readouterr()
+    assert (caught.out, len(caught.err.splitlines())) == ("", 1)
+
+
+def test_calibration_keeps_what_it_has_where_the_next_workload_fails(
+    run: Run,
+    stage: Stage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path))
+    rates = device.Ceilings(
+        device="cpu",
+        key="a-machine",
+        torch="2",
+        measured_at="today",
+        copy_bytes_per_s=1e9,
+        read_bytes_per_s=1e9,
+        cache_bytes_per_s=1e9,
+        cache_bytes=None,
+        matmul_flops_per_s={},
+    )
+    monkeypatch.setattr(device, "measure_ceilings", lambda _where: rates)
+
+    def training(arm: Scripted, request: Request) -> Reply | None:
+        asked = isinstance(request, Oracle) and arm.opening.case.workload == "train"
+        return Failure(status="error", reason="fell over") if asked else None
+
+    stage.faults = {"eager": training}
+    asked = ["--calibrate", "--workload", "infer,train", "--launches", "2"]
+    assert run("doctor", "--device", "cpu", *asked) == 3
+    assert (
+        "calibration needs two launches that ended well, got 0: error: fell over" in capsys.readouterr().err
+    )
+    stored = device.load_calibration("a-machine", StoredScatter)
+    assert stored is not None
+    assert list(stored.classes) == ["infer"]
 
 
 # Configurations

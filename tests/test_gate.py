@@ -122,6 +122,15 @@ def test_entry_that_is_not_finite_fails_whatever_the_tolerance(bad: float, name:
     assert figure.note == "1 non-finite entries of 64, the oracle has 0"
 
 
+@pytest.mark.parametrize("quantity", ["logits", "loss", "grad:weight"])
+def test_nothing_finite_against_nothing_finite_is_a_failure(quantity: str) -> None:
+    """Two models that both end in NaN have not been shown to do the same work."""
+    nothing = torch.full(() if quantity == "loss" else (3, 3), math.nan)
+    figure = judged(nothing, nothing, quantity)
+    assert not figure.passed
+    assert figure.note == "the oracle has no finite value: nothing was compared"
+
+
 def test_infinities_in_the_same_places_are_the_same_answer() -> None:
     ref = values(4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -math.inf)
     assert gate.compare(ref.clone(), ref) == gate.Departure(0.0, "", "")

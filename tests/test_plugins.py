@@ -118,6 +118,13 @@ def test_target_in_a_module_is_found_from_the_working_folder(
     assert plugins.load_target("models_of_mine:build")() == "built"
 
 
+@pytest.mark.parametrize("text", ["mine.py", "mine.py:", ":build", ""])
+def test_target_without_a_place_or_a_name_is_told_how_to_write_one(text: str) -> None:
+    assert message(text) == (
+        f"'{text}' cannot be read; expected a builder, pkg.module:NAME or path/to/file.py:NAME"
+    )
+
+
 def test_missing_module_is_named_with_the_remedy() -> None:
     assert message("no_such_pkg.models:build") == (
         "module 'no_such_pkg.models' does not import; "

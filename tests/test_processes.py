@@ -118,6 +118,21 @@ def test_arm_runs_under_its_own_interpreter_environment_and_folder(model: str, t
     assert "a word on standard output" not in done.stdout
 
 
+def test_profiler_says_nothing_on_the_terminal_of_a_run_inside_this_process(
+    model: str, tmp_path: Path
+) -> None:
+    """It looks at a step of each arm, and torch's has a line for its start and one for its stop."""
+    done = subprocess.run(
+        command("compare", model, model, *SMALL, "--launches=1", "--benchmark-steps=2", "--isolation=inline"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "making the oracle" in done.stderr
+    assert "profiler_st" not in done.stderr
+
+
 def test_interpreter_that_lacks_everything_ends_with_3(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     arm = f"eager[python={tmp_path}/bare/bin/python]"
@@ -209,6 +224,26 @@ def test_killed_session_leaves_no_worker_and_is_resumed_and_interrupted(
     assert {f.stage for r in records if r.gate for f in r.gate.figures} == {"before", "after"}
     assert b"one launch" in out
     assert (tmp_path / "benchmark_results.json").exists()
+
+
+def test_terminated_run_leaves_no_worker_and_no_temporary_folder(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a cluster or a CI sends before kill -9: the canonical weights may be all that the disk holds."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    start = command("compare", model, model, *SMALL, "--benchmark-steps", "200000", "--dir", "run")
+    with subprocess.Popen(start, cwd=tmp_path, stderr=subprocess.PIPE) as terminated:
+        wait_for(lambda: len(list(temporary.glob("assay-*/worker-*.log"))) > 1, terminated)
+        workers = psutil.Process(terminated.pid).children(recursive=True)
+        terminated.terminate()
+        _, said = terminated.communicate(timeout=60)
+    assert terminated.returncode == 128 + signal.SIGTERM, said
+    assert b"Traceback" not in said
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    assert list(temporary.glob("assay-*")) == []
 
 
 @pytest.mark.slow

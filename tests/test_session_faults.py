@@ -254,6 +254,16 @@ def test_arm_that_does_not_fit_even_alone_is_out_of_memory() -> None:
     assert statuses(records) == [(0, "a", "partner_failed"), (0, "b", "out_of_memory")]
 
 
+def test_function_that_is_not_there_is_bad_usage_that_leaves_nothing(tmp_path: Path) -> None:
+    """Functions have no meaning tier, so the first launch is the first to look for them."""
+    missing = Failure(status="usage", reason="'mine.py' has no 'kernl'")
+    stage = Stage(faults={"b": at_request(Build, missing)})
+    with pytest.raises(UsageError, match="has no 'kernl'"):
+        play(stage, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert all(channel.closed for channel in stage.opened)
+
+
 def test_worker_that_cannot_be_reached_is_the_fault_of_its_arm() -> None:
     stage = Stage()
     opened = [0]

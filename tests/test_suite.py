@@ -237,7 +237,8 @@ def test_ctrl_c_ends_the_run_and_the_files_say_so(play: Played, tmp_path: Path) 
 
     one = Doubling()
     run = play(one, observe=lambda _case: Listener(at_block=2, act=stop))
-    assert run.state == "interrupted"
+    assert (run.state, suite.exit_code(run)) == ("interrupted", 130), "though its KPI so far is met"
+    assert run.findings[0].status is KPIStatus.PASSED
     assert len(run.entries) == 1
     assert one.told[-1].state == "interrupted"
     assert json.loads((tmp_path / "doubling.json").read_text()) == [pytest.approx(4.0)]

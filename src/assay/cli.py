@@ -1,12 +1,14 @@
 """The command line: verbs only. Every verb's work is imported when it runs, so that help never waits.
 
-Exit codes: 0 measured and every threshold asked for held; 1 a threshold failed; 2 a gate or proof failed;
-3 nothing could be measured on this machine; 4 bad usage; 5 `unknown` where a threshold was asked for.
+Exit codes: 0 measured and every threshold asked for held; 1 a threshold failed; 2 a gate or proof failed, or
+samples are implausible or invalid; 3 nothing could be measured on this machine; 4 bad usage; 5 `unknown`
+where a threshold was asked for; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -28,7 +30,7 @@ __all__ = ["app", "main"]
 app = App(
     name="assay",
     help="Put performance claims about PyTorch language models to the proof.",
-    help_epilogue="Exit codes: 0 measured, 1 threshold failed, 2 gate or proof failed, "
+    help_epilogue="Exit codes: 0 measured, 1 threshold failed, 2 gate or proof failed or samples void, "
     "3 nothing could be measured here, 4 bad usage, 5 unknown where a threshold was asked for.",
     version_flags=["--version"],
     default_parameter=Parameter(negative=()),
@@ -264,6 +266,8 @@ def report(folder: Path, *, output: Annotated[str | None, Parameter(name=("--out
     from assay import show
     from assay.measure.store import latest, read_records
 
+    if output is not None:
+        show.check_output(output)
     records = latest(read_records(folder))  # a launch that died and was repeated counts once
     if not records:
         raise UsageError(f"'{folder}' holds no records", expected="the folder of a run")
@@ -316,7 +320,10 @@ def doctor(
     """
     from assay import doctor as checks
 
-    return checks.run(device, _words(workload) if calibrate else [], launches)
+    asked = _words(workload) if calibrate else []
+    if calibrate and not asked:
+        raise UsageError("--workload names nothing", expected="one or more, separated by commas")
+    return checks.run(device, asked, launches)
 
 
 def _configuration(arms: Sequence[str], what: What, how: How) -> RunConfig:
@@ -448,8 +455,17 @@ def _verb(name: str, suite: Suite) -> Callable[..., int]:
 mount_suites()
 
 
+def _terminated(number: int, frame: object) -> None:
+    del frame
+    sys.exit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit. Every error of ours is one line on standard error."""
+    """Run the command line and exit. Every error of ours is one line on standard error.
+
+    A SIGTERM ends it as Ctrl-C does, at once: workers end, temporary folders go, what is on disk stays.
+    """
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as e:

@@ -256,7 +256,7 @@ def from_mapping(values: Mapping[str, Any], source: str = "configuration") -> Ru
     try:
         return msgspec.convert(fixed, RunConfig)
     except msgspec.ValidationError as e:
-        raise UsageError(f"a value in {source} has the wrong type", expected=str(e)) from e
+        raise UsageError(f"a value in {source} has the wrong type", got=e) from e
 
 
 def load(path: Path) -> RunConfig:

@@ -8,15 +8,15 @@ import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from assay import plugins, session
+from assay import session
 from assay.config import RunConfig
-from assay.errors import UsageError
+from assay.errors import Unavailable, UsageError
 from assay.measure import device, environment, stats
 from assay.measure.record import Record
 from assay.measure.verdict import Scatter, StoredScatter
-from assay.plan import make_plan
+from assay.plan import Plan, make_plan
 
-__all__ = ["calibrate", "run"]
+__all__ = ["calibrate", "calibration_plan", "run"]
 
 # Importable name -> (what it is for, how to get it)
 EXTRAS = {
@@ -30,12 +30,11 @@ SHORT = {"batch_size": [1], "seq_length": [128], "gen_input_length": [32], "gen_
 def run(where: str, workloads: Sequence[str], launches: int) -> int:
     """Print the findings, measure and store the ceilings, calibrate the workloads named."""
     where = device.resolve(where)
-    for name in workloads:
-        plugins.find("workloads", name)
     if workloads and launches < 2:
         raise UsageError(
             "scatter between launches cannot be seen", expected="--launches 2 or more", got=launches
         )
+    plans = {name: calibration_plan(where, name, launches) for name in workloads}  # bad usage is told first
     print(f"device      {device_line(where)}")
     for line in missing(where):
         print(line)
@@ -46,9 +45,9 @@ def run(where: str, workloads: Sequence[str], launches: int) -> int:
         print(f"  {name.removesuffix('_per_s'):28} {rate / 1e9:12,.1f} G/s")
     print(busy or f"kept in {device.save_ceilings(ceilings)}")
     stored = device.load_calibration(ceilings.key, StoredScatter)
-    if workloads:
-        stored = calibrate(where, workloads, launches, stored)
-        print(f"kept in {device.save_calibration(ceilings.key, stored)}")
+    for name, plan in plans.items():
+        stored = calibrate(name, plan, stored)
+        print(f"{name} kept in {device.save_calibration(ceilings.key, stored)}")
     if stored is None:
         print("noise       not calibrated: assay doctor --calibrate")
         return 0
@@ -101,32 +100,38 @@ def missing(where: str) -> list[str]:
     return found
 
 
-def calibrate(
-    where: str, workloads: Sequence[str], launches: int, earlier: StoredScatter | None
-) -> StoredScatter:
-    """Measure the baseline against itself and keep the scatter of launches and of blocks per workload."""
+def calibration_plan(where: str, workload: str, launches: int) -> Plan:
+    """The baseline against itself. Raises UsageError for a workload that the decoder does not do."""
+    config = RunConfig(
+        arms=["eager", "eager"],
+        workload=[workload],
+        params={k: list(v) for k, v in SHORT.items() if k.startswith("gen") == (workload == "generate")},
+        device=where,
+        launches=launches,
+        warmup_steps=2,
+        time_budget_s=6.0 * launches,
+    )
+    return make_plan(config)
+
+
+def calibrate(name: str, plan: Plan, earlier: StoredScatter | None) -> StoredScatter:
+    """The scatter of launches and blocks of one workload, beside those of the others.
+
+    Raises KeyboardInterrupt where the user stopped it, Unavailable where too few launches ended well.
+    """
     from rich.console import Console
 
     from assay.report.progress import RichProgress
 
-    classes = dict(earlier.classes) if earlier else {}
-    for name in workloads:
-        config = RunConfig(
-            arms=["eager", "eager"],
-            workload=[name],
-            params={k: list(v) for k, v in SHORT.items() if k.startswith("gen") == (name == "generate")},
-            device=where,
-            launches=launches,
-            warmup_steps=2,
-            time_budget_s=6.0 * launches,
-        )
-        outcome = session.run(make_plan(config), None, RichProgress(Console(stderr=True)))
-        classes[name] = scatter(outcome.records)
+    outcome = session.run(plan, None, RichProgress(Console(stderr=True)))
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    classes = (dict(earlier.classes) if earlier else {}) | {name: scatter(outcome.records)}
     return StoredScatter(classes=classes, measured=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def scatter(records: Sequence[Record]) -> Scatter:
-    """Launch and block scatter of one pair's log ratios. Raises ValueError with fewer than two launches."""
+    """Launch and block scatter of one pair's log ratios. Raises Unavailable with fewer than two launches."""
     import numpy as np
 
     launches: dict[int, list[Record]] = {}
@@ -137,7 +142,8 @@ def scatter(records: Sequence[Record]) -> Scatter:
         stats.log_ratios(a.samples_ns["step"], b.samples_ns["step"]) for a, b in launches.values() if a != b
     ]
     if len(ratios) < 2:
-        raise ValueError("calibration needs two launches that ended well")
+        reason = next((f": {r.status}: {r.reason}" for r in records if r.reason), "")
+        raise Unavailable(f"calibration needs two launches that ended well, got {len(ratios)}{reason}")
     means = [float(r.mean()) for r in ratios]
     return Scatter(
         launch_scatter=float(np.std(means, ddof=1)),

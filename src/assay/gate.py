@@ -133,6 +133,8 @@ def _counts(out: Tensor, ref: Tensor, *, finite: bool) -> str:
     bad, ref_bad = (0, 0) if finite else (int((~t.isfinite()).sum()) for t in (out, ref))
     if bad != ref_bad:
         return f"{bad} non-finite entries of {out.numel()}, the oracle has {ref_bad}"
+    if ref_bad == ref.numel():
+        return "the oracle has no finite value: nothing was compared"
     zeros, ref_zeros = (t.numel() - int(t.count_nonzero()) for t in (out, ref))
     if ref_zeros == ref.numel():
         return "the oracle's values are all zero: nothing was compared"

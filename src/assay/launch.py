@@ -65,6 +65,8 @@ class Launcher:
     def run(self, pair: Pair, made: OracleMade, launch: Launch, following: Pair | None = None) -> None:
         """One fresh pair of workers, from build to the last check. Trouble ends up in `launch.status`.
 
+        Raises UsageError where nothing has been recorded and an arm is one that no machine could build.
+
         Where it is known which pair is `following`, its workers start once nothing is timed.
         """
         try:
@@ -78,6 +80,9 @@ class Launcher:
                     raise
                 self._alternate(pair, made, launch)
         except _Trouble as e:
+            refused = e.arm in launch.channels and e.arm not in launch.built  # its worker would not build it
+            if refused and isinstance(e.__cause__, UsageError) and not self.journal.records:
+                raise e.__cause__ from None
             launch.status[e.arm] = (e.status, e.reason)
         finally:
             for channel in launch.channels.values():

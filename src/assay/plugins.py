@@ -108,6 +108,10 @@ def load_target(text: str, expected: str = "a builder") -> Callable[..., Any]:
     Raises UsageError that says which part failed and why, and what was expected there.
     """
     place, _, attribute = text.rpartition(":")
+    if not place or not attribute:
+        raise UsageError(
+            f"'{text}' cannot be read", expected=f"{expected}, pkg.module:NAME or path/to/file.py:NAME"
+        )
     module = _load_file(place) if place.endswith(".py") else _load_module(place)
     try:
         built: Callable[..., Any] = getattr(module, attribute)

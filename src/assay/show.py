@@ -18,9 +18,10 @@ from assay.measure.store import check_writable, write_atomically
 from assay.measure.verdict import Comparison, StoredScatter, compare_records, exit_code
 from assay.plan import make_plan
 
-__all__ = ["execute", "execute_suite", "judged", "show"]
+__all__ = ["check_output", "execute", "execute_suite", "judged", "show"]
 
 RESULTS = Path("assay-results")
+INTERRUPTED = "interrupted: not all was measured; the same command with --resume goes on"
 
 
 def execute(config: RunConfig, folder: str | None, output: str, *, resume: bool, verbose: bool) -> int:
@@ -31,16 +32,24 @@ def execute(config: RunConfig, folder: str | None, output: str, *, resume: bool,
 
     plan = make_plan(config)
     place = _folder(config, folder, resume=resume)
-    if Path(output).is_dir():
-        raise UsageError(f"--output '{output}' is a folder", expected="the path of a JSON file")
     check_writable(place)
-    check_writable(Path(output).absolute().parent)
+    check_output(output)
     console = Console(stderr=True)
     outcome = session.run(plan, place, RichProgress(console), resume=resume)
     if not outcome.records:
         console.print("nothing was measured before the run was stopped")
         return 130
-    return show(outcome.records, place, output, verbose=verbose)
+    code = show(outcome.records, place, output, verbose=verbose)
+    if outcome.interrupted:
+        console.print(INTERRUPTED, soft_wrap=True)
+    return 5 if outcome.interrupted and config.fail_if_slower and not code else code  # not all is judged
+
+
+def check_output(output: str) -> None:
+    """Find an --output that cannot be written before anything is measured or printed."""
+    if Path(output).is_dir():
+        raise UsageError(f"--output '{output}' is a folder", expected="the path of a JSON file")
+    check_writable(Path(output).absolute().parent)
 
 
 def execute_suite(name: str, options: Options, folder: str | None, *, device: str, resume: bool) -> int:
@@ -53,7 +62,7 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
     console = Console(stderr=True)
 
     def observe(case: Case) -> RichProgress:
-        console.print(str(case), markup=False, highlight=False, style="dim")
+        console.print(str(case), markup=False, highlight=False, soft_wrap=True, style="dim")
         return RichProgress(console)
 
     def tell(tried: Attempted) -> None:
@@ -71,6 +80,9 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
     render_findings(run.findings, out)
     if printed := found.printed(run):
         out.print(f"\n{printed}\n", soft_wrap=True, highlight=False, markup=False)
+    if run.state == "interrupted":
+        begun = run.folder is not None and run.folder.exists()
+        out.print(INTERRUPTED if begun else "interrupted: nothing was measured", soft_wrap=True)
     out.print("written: " + ", ".join(map(str, paths)), soft_wrap=True, highlight=False, markup=False)
     return suite.exit_code(run)
 

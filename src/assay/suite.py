@@ -24,7 +24,7 @@ from assay.contracts import Attempt, Attempted, Entry, Options, Suite, SuiteRun
 from assay.errors import AssayError, StoreError, Unavailable, UsageError, nearest
 from assay.journal import now
 from assay.measure.kpi import KPIStatus, judge_kpis
-from assay.measure.record import Arm, Case, Record, Status, digest
+from assay.measure.record import Arm, Case, Record, digest
 from assay.measure.store import RECORDS, check_writable, write_atomically
 from assay.observer import NullObserver, Observer
 from assay.plan import check_value, make_plan, resolve_device
@@ -88,13 +88,17 @@ def resolve(suite: Suite, name: str, given: Options, where: str) -> Options:
 
 
 def exit_code(run: SuiteRun) -> int:
-    """2 a gate or proof failed; 3 nothing was measured; 1 a KPI failed or has no sound figure; 0."""
+    """The first that applies: 2 a gate or proof failed, or samples are implausible or invalid; 130 the user
+    stopped it; 3 nothing was measured; 1 a KPI failed or has no sound figure; 0.
+    """
     statuses = {record.status for entry in run.entries for record in entry.records}
     statuses |= {tried.status for tried in run.attempts}
-    if statuses & {Status.GATE_FAILED, Status.PROOF_FAILED}:
+    if any(status.barred for status in statuses):
         return 2
+    if run.state == "interrupted":
+        return 130
     if not any(status.measured for status in statuses):
-        return 130 if run.state == "interrupted" else 3
+        return 3
     return int(any(f.status in (KPIStatus.FAILED, KPIStatus.ERROR) for f in run.findings))
 
 

@@ -453,8 +453,11 @@ def test_exit_codes(records: list[Record], plain: int, threshold: int) -> None:
     assert outcome(records) == threshold
 
 
-def test_a_failed_proof_ends_with_2() -> None:
-    assert outcome([*FASTER, record("fused", 3, status=Status.PROOF_FAILED)]) == 2
+@pytest.mark.parametrize("status", BARRED)
+def test_evidence_against_an_arm_ends_with_2(status: Status) -> None:
+    """Also where its partner was measured, and with no threshold: nobody may take it for a success."""
+    assert outcome([*FASTER, record("fused", 3, status=status)], fail_if_slower=False) == 2
+    assert outcome([*FASTER, record("fused", 3, status=status)]) == 2
 
 
 # Whole

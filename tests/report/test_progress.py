@@ -37,7 +37,7 @@ def play(observer: Observer, clock: Clock, launches: int) -> None:
 def test_a_log_gets_a_line_a_launch_with_the_ratio_and_the_time_left() -> None:
     out = io.StringIO()
     clock = Clock()
-    play(RichProgress(Console(file=out, width=200), clock), clock, 3)
+    play(RichProgress(Console(file=out, width=40), clock), clock, 3)
     lines = out.getvalue().splitlines()
     assert [line for line in lines if "left" in line] == [
         f"[{i}/3] eager / fused 1.031 [1.012, 1.050] · infer · launch {i}/3 · block 10/10 · {left} left"

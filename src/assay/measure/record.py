@@ -66,6 +66,11 @@ class Status(enum.StrEnum):
         """Whether the record holds samples that a verdict may use."""
         return self in (Status.OK, Status.INTERRUPTED)
 
+    @property
+    def barred(self) -> bool:
+        """Whether it is evidence against the arm: no ratio, whatever other launches say, and exit code 2."""
+        return self in (Status.GATE_FAILED, Status.PROOF_FAILED, Status.IMPLAUSIBLE, Status.INVALID)
+
 
 def canonical(value: object) -> bytes:
     """The one JSON spelling of a value: sorted keys, no spaces. Hashes and ids are taken over this."""

@@ -121,9 +121,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         return self.attribution is None or self.attribution.kind == "total"
 
 
-_BARRED = (Status.GATE_FAILED, Status.PROOF_FAILED, Status.IMPLAUSIBLE, Status.INVALID)
 _WORST_FIRST = (
-    *_BARRED,
+    *(status for status in Status if status.barred),
     Status.ERROR,
     Status.CRASHED,
     Status.KILLED,
@@ -155,12 +154,13 @@ def judge(interval: Interval, margin: float) -> Verdict:
 def exit_code(comparisons: Sequence[Comparison], records: Sequence[Record], fail_if_slower: bool) -> int:
     """The exit code of a run: the first of these that applies.
 
-    2 a gate or proof failed; 3 nothing was measured; with `fail_if_slower`, 1 some arm is slower, 5 some
-    arm has no verdict (one launch alone never fails a threshold: its verdict counts as unknown); 0. Of an
-    attribution only the total is held against the threshold.
+    2 a gate or proof failed, or samples are implausible or invalid; 3 nothing was measured; with
+    `fail_if_slower`, 1 some arm is slower, 5 some arm has no verdict (one launch alone never fails a
+    threshold: its verdict counts as unknown); 0. Of an attribution only the total is held against the
+    threshold.
     """
     statuses = {r.status for r in records}
-    if statuses & {Status.GATE_FAILED, Status.PROOF_FAILED}:
+    if any(status.barred for status in statuses):
         return 2
     if not any(status.measured for status in statuses):
         return 3
@@ -278,7 +278,7 @@ def _barred(launches: Mapping[int, _Launch], names: tuple[str, str]) -> str:
     """Why there may be no ratio whatever the other launches say; empty where there may."""
     for number, arms in launches.items():
         for record in (arms[name] for name in names if name in arms):
-            if record.status in _BARRED:
+            if record.status.barred:
                 return _line(number, record.arm.name, record.status.value, record.reason)
             if record.status.measured and not (record.gate and record.gate.passed):
                 return _line(number, record.arm.name, "measured without a passed gate", record.reason)

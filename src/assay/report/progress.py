@@ -151,4 +151,7 @@ class RichProgress:
 
     def _say(self, text: str) -> None:
         self._said_s = self._now()
-        (self._bar[0].console if self._bar else self._console).print(Text(text))
+        if self._bar:
+            self._bar[0].console.print(Text(text))
+        else:
+            self._console.print(Text(text), soft_wrap=True)  # in a log one thing said is one line

@@ -90,6 +90,7 @@ class Page:
     said: Sequence[str]
     findings: Sequence[Finding]
     sections: Sequence[Section]
+    state: str = "ended"  # of the run: running, ended, interrupted
 
     def __post_init__(self) -> None:
         if not self.findings:
@@ -97,9 +98,11 @@ class Page:
 
     @property
     def headline(self) -> str:
-        """What became of the KPIs, in one line."""
+        """What became of the KPIs, in one line. A run that did not come to its end has passed nothing."""
         counts = {s: sum(f.status is s for f in self.findings) for s in KPIStatus}
         told = ", ".join(f"{n} {status.lower()}" for status, n in counts.items() if n)
+        if self.state != "ended":
+            return f"{self.state.upper()}, not all is measured; KPIs so far: {told}"
         return f"KPIs {overall(self.findings)}: {told}"
 
 

@@ -197,6 +197,7 @@ def _comprehensive(run: SuiteRun, figures: Figures, sizes: Sizes) -> Json:
     return {
         "metadata": {
             "timestamp": run.started,
+            "state": run.state,
             "platform": platform.platform(),
             "device": run.options["device"],
             "cuda_available": cuda,
@@ -282,7 +283,9 @@ def _page(run: SuiteRun, figures: Figures, sizes: Sizes) -> Page:
         )
     sections = [_kernel_section(figures), _model_section(figures), _scaling_memory(figures)]
     sections += [_scaling_throughput(figures), _missing(figures)]
-    return Page(title="Phase-2 benchmark", said=said, findings=run.findings, sections=sections)
+    return Page(
+        title="Phase-2 benchmark", said=said, findings=run.findings, sections=sections, state=run.state
+    )
 
 
 def _kernel_section(figures: Figures) -> Section:

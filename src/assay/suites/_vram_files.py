@@ -76,7 +76,11 @@ def _page(run: SuiteRun, figures: Figures) -> Page:
     if run.folder is not None:
         said.append(f"Records: {run.folder}.")
     return Page(
-        title=f"Activation memory: {asked.mode}", said=said, findings=run.findings, sections=sections(figures)
+        title=f"Activation memory: {asked.mode}",
+        said=said,
+        findings=run.findings,
+        sections=sections(figures),
+        state=run.state,
     )
 
 
