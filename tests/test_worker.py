@@ -337,7 +337,8 @@ class Steps:
         self._slow_s = slow_s
 
     def step(self, mark: Callable[[str], None]) -> None:
-        time.sleep(self._slow_s.pop(0) if self._slow_s else 0)
+        if self._slow_s:  # to sleep for no time would still give the processor away
+            time.sleep(self._slow_s.pop(0))
         mark("forward")
 
     def reset(self) -> None:
@@ -395,7 +396,7 @@ def test_first_call_is_cold_start_and_no_sample() -> None:
 
 def test_steps_that_were_slow_when_counted_are_counted_again() -> None:
     """Build and the memory pass take two steps; two more slow ones mislead the first calibration."""
-    mine = runner([], [0.0, 0.0, 0.004])
+    mine = runner([], [0.0, 0.0, 0.004, 0.004])
     ask(mine, Build())
     ask(mine, MeasureMemory())
     ready = ask(mine, Warm(floor=1))
