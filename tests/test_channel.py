@@ -158,7 +158,7 @@ def test_worker_that_hangs_times_out_and_takes_its_children_along(start: Start, 
 
 def test_timeout_is_that_of_the_launch(start: Start) -> None:
     channel, begin = start("hang", timeout_s=0.5), time.monotonic()
-    with pytest.raises(WorkerError, match="no answer within --timeout 0.5 s"):
+    with pytest.raises(WorkerError, match=r"no answer within --timeout 0\.5 s"):
         while time.monotonic() - begin < 20:  # the opening is answered, where there is time for it
             channel.receive()
 
