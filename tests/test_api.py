@@ -24,7 +24,7 @@ from assay.measure.verdict import Verdict
 from tests.sessions import Stage, play
 
 Function = Callable[..., Any]
-QUICK_S = 0.3
+QUICK: dict[str, Any] = {"time_budget_s": 60.0, "rel_ci": 0.2, "warmup_steps": 1}  # some 20 blocks
 
 
 def matrix(seed: int) -> tuple[Tensor]:
@@ -35,19 +35,13 @@ def matrix(seed: int) -> tuple[Tensor]:
 def compare(
     a: Function, b: Function, inputs: Callable[[int], Any] = matrix, **more: Any
 ) -> assay.Comparisons:
-    return assay.compare({"a": a, "b": b}, inputs=inputs, time_budget_s=QUICK_S, warmup_steps=1, **more)
+    return assay.compare({"a": a, "b": b}, inputs=inputs, **QUICK, **more)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples in this thread's processor time: the work's, whatever else the machine is doing."""
+    """Samples in this thread's processor time, so that a busy machine takes as many blocks as an idle one."""
     monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter_ns=time.thread_time_ns))
-
-
-def surely(a: Function, b: Function) -> assay.Comparisons:
-    """Compared until the interval is within 5%, which busy machines may take their time for."""
-    inputs = {"inputs": matrix, "time_budget_s": 60.0, "rel_ci": 0.05, "warmup_steps": 1}
-    return assay.compare({"a": a, "b": b}, **inputs)  # type: ignore[arg-type]
 
 
 def repeated(times: int) -> Function:
@@ -61,9 +55,8 @@ def repeated(times: int) -> Function:
     return squares
 
 
-@pytest.mark.usefixtures("own_time")
 def test_more_of_the_same_work_is_slower() -> None:
-    found = surely(repeated(2), repeated(20))
+    found = compare(repeated(2), repeated(20))
     assert found.verdict is Verdict.SLOWER
     assert found.ratio
     assert found.interval
@@ -88,15 +81,14 @@ def test_records_say_that_the_functions_ran_inline_and_passed() -> None:
 
 def test_more_than_two_functions_are_all_held_against_the_first() -> None:
     functions = {"one": repeated(1), "two": repeated(2), "wrong": lambda x: x @ x.T}
-    found = assay.compare(functions, inputs=matrix, time_budget_s=QUICK_S, warmup_steps=1)
+    found = assay.compare(functions, inputs=matrix, **QUICK)
     assert [c.other for c in found.comparisons] == ["two", "wrong"]
     assert found.comparisons[0].verdict is not None
     assert found.comparisons[1].verdict is None
 
 
-@pytest.mark.usefixtures("own_time")
 def test_rendering_is_a_table_here_and_html_in_a_notebook() -> None:
-    found = surely(repeated(1), repeated(8))
+    found = compare(repeated(1), repeated(8))
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(found)
     text = console.export_text()
@@ -110,9 +102,7 @@ def test_rendering_is_a_table_here_and_html_in_a_notebook() -> None:
 
 
 def test_names_are_escaped_in_html() -> None:
-    found = assay.compare(
-        {"<a>": repeated(1), "b": repeated(1)}, inputs=matrix, time_budget_s=QUICK_S, warmup_steps=1
-    )
+    found = assay.compare({"<a>": repeated(1), "b": repeated(1)}, inputs=matrix, **QUICK)
     assert "<a>" not in found._repr_html_()
     assert "&lt;a&gt;" in found._repr_html_()
 
