@@ -93,7 +93,7 @@ def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None
     assert programs
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "\n".join(programs)],
-        cwd=workplace, capture_output=True, text=True, timeout=120, check=False,
+        cwd=workplace, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert printed in done.stdout
@@ -110,7 +110,7 @@ def test_refusal_that_the_python_page_shows_is_the_one_printed(workplace: Path) 
         cwd=workplace,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     (shown,) = blocks(page, "text")
@@ -136,7 +136,7 @@ def test_operators_of_the_page_are_judged_as_it_says(
 @pytest.mark.parametrize("recipe", shell_lines("jq"))
 def test_jq_recipe_gives_figures(recipe: str, workplace: Path) -> None:
     done = subprocess.run(
-        shlex.split(recipe), cwd=workplace, capture_output=True, text=True, timeout=30, check=False
+        shlex.split(recipe), cwd=workplace, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() not in ("", "null")

@@ -24,7 +24,9 @@ def told(program: str) -> list[float]:
             return torch.ones(mib * MIB // 4)
     """
     text = textwrap.dedent(begin) + textwrap.dedent(program)
-    run = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=300, check=True
+    )
     return [float(word) for word in run.stdout.split()]
 
 
