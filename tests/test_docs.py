@@ -93,7 +93,7 @@ def test_python_of_a_page_runs(page: str, printed: str, workplace: Path) -> None
     assert programs
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "\n".join(programs)],
-        cwd=workplace, capture_output=True, text=True, timeout=120, check=False,
+        cwd=workplace, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert printed in done.stdout
@@ -110,32 +110,33 @@ def test_refusal_that_the_python_page_shows_is_the_one_printed(workplace: Path) 
         cwd=workplace,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     (shown,) = blocks(page, "text")
     assert done.stdout == shown
 
 
-def test_operators_of_the_page_are_judged_as_it_says(workplace: Path) -> None:
+def test_operators_of_the_page_are_judged_as_it_says(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = PAGES["docs/op.md"]
     good, _, wrong = blocks(page, "sh")[0].splitlines()
     quick = shlex.split("--launches 1 --benchmark-steps 4 --warmup-steps 1 --isolation inline --device cpu")
     for command, code in ((good, 0), (wrong, 2)):
-        done = subprocess.run(
-            [sys.executable, "-m", "assay", *shlex.split(command)[1:], *quick, "--dir", f"op-{code}"],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*shlex.split(command)[1:], *quick, "--dir", f"op-{code}"])
+        printed = capsys.readouterr()
+        assert ended.value.code == code, printed.err
     (shown,) = blocks(page, "text")
-    assert shown.strip() in " ".join(done.stdout.split())
+    assert shown.strip() in " ".join(printed.out.split())
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
 @pytest.mark.parametrize("recipe", shell_lines("jq"))
 def test_jq_recipe_gives_figures(recipe: str, workplace: Path) -> None:
     done = subprocess.run(
-        shlex.split(recipe), cwd=workplace, capture_output=True, text=True, timeout=30, check=False
+        shlex.split(recipe), cwd=workplace, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() not in ("", "null")

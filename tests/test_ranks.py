@@ -48,7 +48,7 @@ if os.environ.get("RANK") == "1":
             raise MemoryError("no room")
         if os.environ["DO"] == "exit":
             os._exit(3)
-        open(os.environ.get("MARK", os.devnull), "w").close()
+        open(os.environ["MARK"], "w").close()
         time.sleep(600)
     infer.InferTrial.step = step
 """
@@ -223,15 +223,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(FAULT)
 
-    def begin(do: str = "", timeout_s: float = 120.0) -> ProcessChannel:
-        env = {"OMP_NUM_THREADS": "1"}
+    def begin(do: str = "") -> ProcessChannel:
+        env = {"OMP_NUM_THREADS": "1", "MARK": str(tmp_path / "hanging")}
         if do:
             ours = os.environ.get("PYTHONPATH", "")
             env |= {"DO": do, "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path / "site"), ours]))}
         arm = Arm(name="mine", target="sdpa", nproc=2, env=env)
         params = {name: SIZES[name] for name in ("shape", "batch_size", "seq_length")}
         case = Case(workload="infer", params=params)
-        opened.append(ProcessChannel.open(arm, tmp_path, timeout_s))
+        opened.append(ProcessChannel.open(arm, tmp_path, 200.0))
         opened[-1].send(Open(case=case, arm=arm, scratch=str(tmp_path), weights="own"))
         return opened[-1]
 
@@ -246,13 +246,23 @@ def ranks_of(process: int) -> list[psutil.Process]:
     return sorted(found, key=lambda p: p.environ()["RANK"])
 
 
-def assert_gone(processes: Sequence[psutil.Process], within_s: float = 15.0) -> None:
+def assert_gone(processes: Sequence[psutil.Process], within_s: float = 60.0) -> None:
     _, alive = psutil.wait_procs(processes, timeout=within_s)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
+def wait_for(mark: Path, process: subprocess.Popen[bytes], limit_s: float = 200.0) -> None:
+    """Wait until a file is there; fail where the process ends first, or does not come to it."""
+    end = time.monotonic() + limit_s
+    while not mark.exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
-def test_ranks_answer_as_one_and_end_with_the_channel(start: Start) -> None:
+def test_ranks_answer_as_one_and_end_with_the_channel(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("assay.channel.LEAVE_S", 60.0)  # a busy machine may take its time
     channel = start()
     answer(channel, Opened)
     ask(channel, Build(), Built)
@@ -301,12 +311,15 @@ def test_rank_that_fails_alone_does_not_hang_the_others(
 
 
 @pytest.mark.slow
-def test_rank_that_hangs_times_out_and_none_survives(start: Start) -> None:
-    channel = start("hang", timeout_s=25.0)
+def test_rank_that_hangs_times_out_and_none_survives(start: Start, tmp_path: Path) -> None:
+    channel = start("hang")
     answer(channel, Opened)
     ranks = ranks_of(channel._process.pid)
-    with pytest.raises(WorkerError, match="no answer within --timeout 25 s"):
-        ask(channel, Build(), Built)
+    channel.send(Build())
+    wait_for(tmp_path / "hanging", channel._process)
+    channel._deadline = time.monotonic() + 1.0
+    with pytest.raises(WorkerError, match="no answer within --timeout 200 s"):
+        channel.receive()
     assert_gone(ranks)
 
 
@@ -323,14 +336,10 @@ def test_no_rank_outlives_a_session_that_is_killed(tmp_path: Path) -> None:
         cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        end = time.monotonic() + 120
-        while not mark.exists():
-            assert running.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        wait_for(mark, running)
         assert len(ranks_of(running.pid)) == 2
         family = psutil.Process(running.pid).children(recursive=True)
     finally:
         running.kill()
         running.wait()
-    assert_gone(family, within_s=30.0)
+    assert_gone(family)

@@ -1,6 +1,7 @@
 """One arm, for real: complete records inside this process, and what a Runner makes of trouble."""
 
 import dataclasses
+import importlib
 import math
 import subprocess
 import sys
@@ -337,7 +338,8 @@ class Steps:
         self._slow_s = slow_s
 
     def step(self, mark: Callable[[str], None]) -> None:
-        time.sleep(self._slow_s.pop(0) if self._slow_s else 0)
+        if self._slow_s:  # to sleep for no time would still give the processor away
+            time.sleep(self._slow_s.pop(0))
         mark("forward")
 
     def reset(self) -> None:
@@ -395,7 +397,7 @@ def test_first_call_is_cold_start_and_no_sample() -> None:
 
 def test_steps_that_were_slow_when_counted_are_counted_again() -> None:
     """Build and the memory pass take two steps; two more slow ones mislead the first calibration."""
-    mine = runner([], [0.0, 0.0, 0.004])
+    mine = runner([], [0.0, 0.0, 0.004, 0.004])
     ask(mine, Build())
     ask(mine, MeasureMemory())
     ready = ask(mine, Warm(floor=1))
@@ -488,28 +490,34 @@ def test_arm_that_compiles_nothing_does_not_import_the_compiler(workload: str, t
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "opening")], check=True)
 
 
-@pytest.mark.parametrize(
-    ("arm", "wanted"),
-    [
-        (Arm(name="a", target="hf"), True),
-        (Arm(name="a", target="activations", options={"base": "hf"}), True),
-        (Arm(name="a", target="activations"), False),
-    ],
-)
-def test_modules_of_a_stock_model_are_imported_with_the_worker(
-    arm: Arm, wanted: bool, tmp_path: Path
-) -> None:
+def test_modules_of_a_stock_model_are_imported_with_the_worker(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     case = make_plan(tiny(["eager", "eager"], "train")).cases[0]
-    opening = Open(case=case, arm=arm, scratch=str(tmp_path), weights="own")
+    opening = Open(case=case, arm=Arm(name="a", target="hf"), scratch=str(tmp_path), weights="own")
     (tmp_path / "opening").write_bytes(msgspec.msgpack.encode(opening))
     code = (
         "import sys; from pathlib import Path; import msgspec; from assay.wire import Open\n"
         "from assay.worker import open_runner\n"
         "open_runner(msgspec.msgpack.decode(Path(sys.argv[1]).read_bytes(), type=Open)).import_ahead()\n"
-        f"assert any(name.startswith('transformers.models.') for name in sys.modules) is {wanted}"
+        "assert any(name.startswith('transformers.models.') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "opening")], check=True)
+
+
+@pytest.mark.parametrize(("options", "wanted"), [({"base": "hf"}, True), ({}, False)])
+def test_policy_imports_what_its_base_would(
+    options: Options, wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_plan(tiny(["eager", "eager"], "train")).cases[0]
+    asked: dict[str, list[str]] = {"hf": [], "activations": []}
+    for target, names in asked.items():
+        arm = Arm(name="a", target=target, options=options if target == "activations" else {})
+        runner = open_runner(Open(case=case, arm=arm, scratch=str(tmp_path), weights="own"))
+        with monkeypatch.context() as patched:
+            patched.setattr(importlib, "import_module", names.append)
+            runner.import_ahead()
+    assert any(name.startswith("transformers.models.") for name in asked["hf"])
+    assert asked["activations"] == (asked["hf"] if wanted else [])
 
 
 def test_module_that_is_missing_is_left_to_the_build(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from assay.wire import Failure, Opened, Reply, Request, pack, read_frame
 
 __all__ = ["Channel", "Handler", "InlineChannel", "ProcessChannel", "answer", "ask"]
 
+LEAVE_S = 5.0  # what a worker that is let go has to end by itself
+
 R = TypeVar("R")
 
 
@@ -192,7 +194,7 @@ class ProcessChannel:
     def _leave(self) -> None:
         """Give the worker a moment to end by itself."""
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(LEAVE_S)
         except subprocess.TimeoutExpired:
             self._kill()
 

@@ -36,7 +36,7 @@ from assay.measure import clock
 from assay.measure.clock import Clock, Step, Timing
 from assay.measure.record import Memory
 from assay.wire import Failure, Finished, Gated, Open, Opened, Reply, Request, as_failure, pack, read_frame
-from assay.worker import Runner, import_torch, open_runner
+from assay.worker import Runner, import_torch, leave, open_runner
 
 __all__ = ["Ranks", "TogetherClock", "launch", "main", "merged", "serve"]
 
@@ -330,6 +330,7 @@ def main() -> None:
         launch(Path(folder), int(more[0]))
     else:
         serve(Path(folder))
+    leave()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def told(program: str) -> list[float]:
             return torch.ones(mib * MIB // 4)
     """
     text = textwrap.dedent(begin) + textwrap.dedent(program)
-    run = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=300, check=True
+    )
     return [float(word) for word in run.stdout.split()]
 
 
@@ -73,7 +75,8 @@ def test_small_blocks_leave_when_they_are_freed() -> None:
         print(held.peak_bytes / MIB)
     """
     (peak,) = told(program)
-    assert peak < 20 + 20 * 16 / 32 + 3
+    # nine pages a block, the ninth for its header; when the last are drawn, a fortieth of 19 lots is kept
+    assert peak < (20 + 19 * 16 / 32) * 36 / 32 + 1
 
 
 def test_the_cpu_has_no_limit_of_its_own() -> None:

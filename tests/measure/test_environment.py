@@ -21,7 +21,8 @@ def git(folder: Path, *arguments: str) -> None:
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(environment, "GIT_TIMEOUT_S", 60.0)  # a busy machine may take its time
     git(tmp_path, "init", "-q")
     (tmp_path / "model.py").write_text("a = 1\n")
     git(tmp_path, "add", ".")

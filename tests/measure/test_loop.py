@@ -100,9 +100,16 @@ def test_slow_first_call_after_a_switch_never_enters_a_sample() -> None:
 
 
 def test_long_step_is_sampled_once() -> None:
-    fake = Proportional([1000.0])
+    fake = Proportional([20_000.0])
     assert Sampler(Trial(), fake).calibrate() == 1
     assert fake.inners == [1]
+
+
+def test_pause_of_the_machine_is_not_taken_for_a_long_step() -> None:
+    """One step and then a hundred are held up: long enough only by that."""
+    fake = Proportional([5000.0, 10.0, 50.0, 8.0])
+    assert Sampler(Trial(), fake).calibrate() == 150
+    assert fake.inners == [1, 1, 100, 100, 150, 150]
 
 
 @given(step_ns=st.floats(0.01, 1e5))

@@ -291,7 +291,7 @@ def python(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 def test_a_disk_that_fills_inside_a_line_takes_that_line_back(tmp_path: Path) -> None:
     with python(SHORT_WRITE, str(tmp_path)) as child:
-        said, _ = child.communicate(timeout=60)
+        said, _ = child.communicate(timeout=300)
     assert "cannot append to" in said and said.count("\n") == 1
     assert (tmp_path / store.RECORDS).read_bytes().endswith(b"\n")
     assert read_records(tmp_path) == [make_record()]
