@@ -19,6 +19,7 @@ __all__ = ["DTYPES", "RunConfig", "from_mapping", "load", "parse_arm", "parse_sc
 
 DTYPES = ("auto", "bf16-autocast", "bf16", "fp16", "fp32")
 LARGEST = 2**63 - 1  # of whole numbers: what a message to a worker, and a tensor's size, can hold
+LONGEST_S = 1e9  # seconds: thirty years
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +92,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ):
             if not number > 0:
                 raise UsageError(f"{flag} must be positive", expected="more than 0", got=number)
+            if number > LONGEST_S:  # infinity is no JSON, and the clock of a wait ends
+                raise UsageError(f"{flag} is too large", expected=f"at most {LONGEST_S:g}", got=number)
         if not 0 < self.margin < 1 or not 0.5 <= self.confidence < 1:
             raise UsageError(
                 "--margin or --confidence is out of range",

@@ -136,6 +136,11 @@ def test_the_baseline_stays_where_no_policy_goes_further() -> None:
     assert oom.recommendation([off, same], []).endswith("56 with off; no other policy goes further.")
     unknown = replace(off, largest=None, reason="the run ended before")
     assert "the run ended before" in oom.recommendation([unknown], [])
+    stopped = replace(same, largest=None, reason="the run ended before")
+    told = oom.recommendation([off, stopped], [])
+    assert told.endswith("56 with off; of offload unknown: the run ended before."), (
+        "not that it goes no further"
+    )
 
 
 def test_one_policy_alone_is_refused() -> None:

@@ -412,6 +412,9 @@ def recommendation(along: Sequence[Capacity], readings: Sequence[Reading]) -> st
         return f"{along[0].axis}: {why}."
     first, best = along[0], max(known, key=lambda one: one.largest or 0)
     told = f"{best.axis}: {best.largest:,} with {policy_of(best.arm)}"
+    unknown = [one for one in along if one.largest is None]
+    if best is first and unknown:
+        return f"{told}; of {', '.join(policy_of(one.arm) for one in unknown)} unknown: {unknown[0].reason}."
     if best is first:
         return f"{told}; no other policy goes further."
     percent, why = _improvement(first, best)
