@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Runner", "import_torch", "main", "open_runner"]
 
+TURNS = 8  # answers that are asked for in a row: what repeats one of every eight is caught, and gains an eighth
+TELLING = 1e-3  # answers to two questions that are nearer than this share of their size tell nothing
 PHASE_END = "assay.end_of."  # names the events of a profile that end its phases
 
 
@@ -299,7 +301,7 @@ class Runner:
             proof={k: v for k, v in counters.items() if k in named or not k.startswith("ops.")}
             | {c: 0 for c in named if c.startswith("ops.") and c not in counters},
             disproved=gate.prove(claims, _with_zero_operators(counters, named, profile), self._counted),
-            void=void or (self._remembered() if profile else None) or "",
+            void=void or (self._remembered() or self._confused() if profile else None) or "",
             operators=operators,
             kernel_ns=kernel_ns,
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
@@ -323,6 +325,26 @@ class Runner:
                 return None
             seen_ns = min(seen_ns, sampler.sample(lead_in=0).step_ns)
         return validity.remembered_reason([max(statistics.median(self._steps_ns), seen_ns)], unseen_ns)
+
+    def _confused(self) -> str | None:
+        """Why the samples are void: asked two questions in turn, it gave one the answer to the other.
+
+        An arm that answers afresh only now and then may be lucky when the gate asks.
+        """
+        trial = self._timed()
+        first: list[Tensor] = []
+        wrong = False
+        for turn in range(TURNS):
+            trial.reset()
+            answer = gate.sampled(trial.outputs(1 + turn % 2))
+            if turn < 2:
+                first.append(answer)
+                continue
+            own, other = first[turn % 2], first[1 - turn % 2]
+            if own.shape == other.shape == answer.shape:
+                apart = float((own - other).norm())
+                wrong |= apart > TELLING * float(own.norm()) and float((answer - own).norm()) > apart / 2
+        return validity.CONFUSED if self._agreed(wrong) else None
 
     def _unseen_ns(self, case: Case, ticker: clock.Clock) -> float:
         """The quickest of a few steps, each on inputs that no call has had, ns."""
