@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 from assay.contracts import Claim
@@ -25,6 +26,7 @@ __all__ = [
     "Departure",
     "below_float64",
     "compare",
+    "confused",
     "errors",
     "explain",
     "first_departing",
@@ -376,6 +378,7 @@ def errors(
 
 
 SAMPLED = 4096  # entries of each quantity
+TELLING = 1e-3  # answers to two questions that are nearer, as a share of their size, tell nothing
 
 
 def sampled(outputs: Mapping[str, Tensor]) -> Tensor:
@@ -389,6 +392,21 @@ def sampled(outputs: Mapping[str, Tensor]) -> Tensor:
             some = torch.view_as_real(flat.to(torch.complex128)).reshape(-1).nan_to_num()
             found.append(some / some.norm().clamp_min(1e-300))
     return torch.cat(found)
+
+
+def confused(answers: Sequence[Tensor]) -> bool:
+    """Whether two of these samples, of answers to two questions in turn, differ that are to the same one.
+
+    Rounding never takes an answer half the way to the other's, unless the two can hardly be told apart.
+    """
+    if len({a.shape for a in answers}) > 1:
+        return False
+    farthest = {True: 0.0, False: 0.0}  # by whether both are to the same question
+    for (m, a), (n, b) in combinations(enumerate(answers), 2):
+        same = (m - n) % 2 == 0
+        farthest[same] = max(farthest[same], float((a - b).norm()))
+    apart = farthest[False]
+    return apart > TELLING * float(answers[0].norm()) and farthest[True] > apart / 2
 
 
 def first_departing(layers: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> str:

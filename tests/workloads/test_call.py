@@ -59,6 +59,7 @@ def test_timed_calls_share_one_set_of_inputs_and_the_gate_makes_its_own() -> Non
         trial.reset()
         trial.step(lambda _phase: None)
     assert (made, called) == ([7], [7, 7, 7])
-    assert trial.outputs(2)["output:0"].item() == 4
-    assert made == [7, 2]
+    assert trial.outputs(1)["output:0"].item() == 14, "proved on what is timed"
+    assert trial.outputs(2)["output:0"].item() == 24
+    assert made == [7, 7, 12]
     assert (trial.phases, trial.proof(), WORKLOAD.smaller(Case(workload="call"))) == ((), {}, None)

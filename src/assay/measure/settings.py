@@ -26,7 +26,7 @@ def _switches() -> Mapping[str, Switch]:
         "gradient mode": (torch.is_grad_enabled, torch._C._set_grad_enabled),
         "deterministic algorithms": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         "float32 precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-        "anomaly detection": (torch.is_anomaly_enabled, torch._C._set_anomaly_enabled),
+        "anomaly detection": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
         "autocast on the CPU": _autocast(torch, "cpu"),
         "autocast on CUDA": _autocast(torch, "cuda"),
         "cudnn.benchmark": (lambda: cudnn.benchmark, lambda on: setattr(cudnn, "benchmark", on)),
