@@ -222,7 +222,9 @@ def _figure(
         return Figure(tier=tier, stage=stage, quantity=name, error=None, limit=limit, passed=False, note=note)
     departure = compare(out, ref.to(out.device), _scale(name, grad_norm))
     if not limit < NO_LIMIT:
-        departure = departure._replace(fault="the reference itself is off by as much: nothing bounds the error")
+        departure = departure._replace(
+            fault="the reference itself is off by as much: nothing bounds the error"
+        )
     return Figure(
         tier=tier,
         stage=stage,

@@ -96,7 +96,7 @@ def one_code_path(function: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def wrong_link_everywhere(function: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A variant whose arms, and the yardstick of their rounding, share the wrong formula; the oracle does not."""
+    """A variant whose arms and the yardstick of their rounding share the wrong formula, not its oracle."""
     return lambda implementation: function("schur") if implementation == "schur" else link_of_the_wrong_row
 
 

@@ -44,7 +44,7 @@ def flatten(value: Any, path: str = "") -> dict[str, Tensor]:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor itself. Raises UsageError for one of a class of its own, which may compute when it is read."""
+    """The tensor itself. Raises UsageError for one of another class, which may compute when it is read."""
     import torch
 
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
