@@ -310,9 +310,10 @@ def test_a_function_that_remembers_its_answers_gets_no_ratio() -> None:
     import functools
 
     def work(x: torch.Tensor) -> torch.Tensor:
+        y = x
         for _ in range(20):
-            x = torch.tanh(x @ x)
-        return x
+            y = torch.tanh(y @ x / 32 + x)
+        return y
 
     def inputs(seed: int) -> tuple[torch.Tensor]:
         return (torch.randn(128, 128, generator=torch.Generator().manual_seed(seed)),)
@@ -321,4 +322,4 @@ def test_a_function_that_remembers_its_answers_gets_no_ratio() -> None:
         {"honest": work, "cached": functools.cache(work)}, inputs=inputs, time_budget_s=0.5, warmup_steps=3
     )
     assert found.ratio is None
-    assert "memory of answers" in found.reason
+    assert "output:0 differs" in found.reason  # other values in the tensors that it remembers

@@ -220,7 +220,7 @@ def precision(error: float, reference: dict[str, float], dtype: str = "bf16", na
     return figure
 
 
-@given(reference=st.floats(0.01, 1.0), share=st.floats(0.1, 2.9))
+@given(reference=st.floats(0.01, 0.33), share=st.floats(0.1, 2.9))
 def test_three_times_the_reference_error_is_allowed(reference: float, share: float) -> None:
     assert precision(share * reference, {"logits": reference}).passed
     assert not precision((share + 3.0) * reference, {"logits": reference}).passed
@@ -246,6 +246,33 @@ def test_reference_without_a_finite_error_excuses_nothing() -> None:
         "precision", "before", {"logits": out}, {"logits": ref}, dtype="fp16", reference={"logits": math.inf}
     )
     assert not figure.passed
+
+
+def test_reference_as_wrong_as_zeros_bounds_nothing() -> None:
+    out = values(4, 4)
+    for error, passed in ((0.3, True), (0.4, False)):
+        (figure,) = gate.judge_outputs(
+            "precision", "before", {"output:0": out}, {"output:0": out}, dtype="fp32",
+            reference={"output:0": error},
+        )  # fmt: skip
+        assert figure.passed is passed
+    assert figure.note == "the reference itself is off by as much: nothing bounds the error"
+
+
+@pytest.mark.parametrize("late", [0, 1, 2, 7])
+def test_answer_that_is_the_one_before_is_confused_with_it_wherever_it_comes(late: int) -> None:
+    questions = [gate.sampled({"logits": values(8, 8, seed=n), "tokens": torch.ones(3)}) for n in (1, 2)]
+    answers = [questions[n % 2] * (1 + 1e-3 * n) for n in range(8)]
+    assert not gate.confused(answers)
+    answers[late] = questions[1 - late % 2]
+    assert gate.confused(answers)
+
+
+def test_answers_that_can_hardly_be_told_apart_are_never_confused() -> None:
+    assert not gate.confused([torch.ones(3) * (1 + 1e-5 * n) for n in (0, 1, 5, 2)])
+    assert not gate.confused([torch.ones(3)] * 4)
+    assert not gate.confused([torch.ones(2 + n) for n in range(4)])  # of other lengths from call to call
+    assert gate.sampled({"tokens": torch.arange(3)}).numel() == 0
 
 
 def test_errors_are_on_the_scales_that_the_figures_use() -> None:

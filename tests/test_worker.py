@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from assay import plugins
+from assay import plugins, worker
 from assay.contracts import Case, Claim, Options, Variant
 from assay.errors import Unavailable, UsageError
 from assay.measure.record import Arm, Record, Status
@@ -422,6 +422,21 @@ def test_exception_in_a_sample_is_a_reply_and_the_runner_lives_on() -> None:
     done = ask(mine, Finish(profile=False))
     assert isinstance(done, Finished)
     assert done.proof == {"calls": 1}
+
+
+def test_graph_that_is_compiled_while_timed_voids_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, graphs = runner([], []), [3]
+    monkeypatch.setattr(worker, "compiled_graphs", lambda: graphs[0])
+    ask(mine, Build())
+    ask(mine, Warm(floor=1))
+    ask(mine, Sample())
+    done = ask(mine, Finish(profile=False))
+    assert isinstance(done, Finished)
+    assert done.void == ""
+    graphs[0] += 1
+    done = ask(mine, Finish(profile=False))
+    assert isinstance(done, Finished)
+    assert done.void.startswith("1 compilation(s) inside the timed region")
 
 
 def test_kernel_times_are_cut_at_the_ends_of_phases() -> None:

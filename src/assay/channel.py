@@ -16,6 +16,7 @@ import msgspec
 
 import assay
 from assay.errors import Unavailable, UsageError, WorkerError
+from assay.measure import settings
 from assay.measure.record import Arm
 from assay.wire import Failure, Opened, Reply, Request, pack, read_frame
 
@@ -74,7 +75,11 @@ class InlineChannel:
         self._reply: Reply = Opened(import_s=0.0)
 
     def send(self, request: Request) -> None:
+        before = settings.current()
         self._reply = self._handler.handle(request)
+        if changed := settings.restore(before):
+            reason = f"it leaves {changed} changed, which the other arms of this process share"
+            self._reply = Failure(status="error", reason=reason)
 
     def receive(self) -> Reply:
         return self._reply

@@ -108,7 +108,7 @@ class Trial(Protocol):
 
     `phases` are the marks of a step in order; empty where the step is one piece. `outputs(seed)` runs the
     very code that `step` times on the inputs of that seed and returns what the gate compares: `loss`,
-    `logits`, `tokens`, `grad:<name>`, or `output:<path>`.
+    `logits`, `tokens`, `grad:<name>`, `output:<path>`, or `input:<path>` of what the arm has written into.
     """
 
     @property

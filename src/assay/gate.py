@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 from assay.contracts import Claim
@@ -25,6 +26,7 @@ __all__ = [
     "Departure",
     "below_float64",
     "compare",
+    "confused",
     "errors",
     "explain",
     "first_departing",
@@ -35,11 +37,13 @@ __all__ = [
     "probe_figure",
     "prove",
     "same_state",
+    "sampled",
     "worst",
 ]
 
 # Meaning: float32 arithmetic of a whole model stays well under these, and the mildest mutant well above.
 MEANING_LIMIT = {"loss": 1e-5, "logits": 2e-4, "grad": 1e-3, "output": 1e-4}
+NO_LIMIT = 1.0  # the error of an answer of zeros
 K = 3.0  # precision tier: outputs, loss and gradients alike
 # A reference can land closer to the oracle than its own rounding by luck; one unit of rounding is allowed.
 ROUNDING = {
@@ -211,7 +215,7 @@ def _figure(
     *,
     spreads: bool,
 ) -> Figure:
-    limit, ref_error = MEANING_LIMIT[kind(name)], None
+    limit, ref_error = MEANING_LIMIT[kind(name)], None  # of errors; the oracle's own size is 1
     if reference is not None:
         ref_error = reference[name]
         limit = K * max(ref_error, _typical(name, reference), _rounding(name, dtype))
@@ -219,8 +223,10 @@ def _figure(
         note = "missing: the arm gives no such quantity"
         return Figure(tier=tier, stage=stage, quantity=name, error=None, limit=limit, passed=False, note=note)
     departure = compare(out, ref.to(out.device), _scale(name, grad_norm))
-    if not math.isfinite(limit):
-        departure = departure._replace(fault="the reference itself overflows here: nothing bounds the error")
+    if not limit < NO_LIMIT:
+        departure = departure._replace(
+            fault="the reference itself is off by as much: nothing bounds the error"
+        )
     return Figure(
         tier=tier,
         stage=stage,
@@ -373,6 +379,38 @@ def errors(
         for name, out in outputs.items()
         if name in oracle
     }
+
+
+SAMPLED = 4096  # entries of each quantity
+TELLING = 1e-3  # answers to two questions that are nearer, as a share of their size, tell nothing
+
+
+def sampled(outputs: Mapping[str, Tensor]) -> Tensor:
+    """Some entries of every quantity of numbers, each over their norm, in one vector on the host."""
+    import torch
+
+    found = [torch.zeros(0, dtype=torch.float64)]
+    for t in outputs.values():
+        if _is_real_or_complex(t) and t.numel():
+            flat = t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLED)].cpu()
+            some = torch.view_as_real(flat.to(torch.complex128)).reshape(-1).nan_to_num()
+            found.append(some / some.norm().clamp_min(1e-300))
+    return torch.cat(found)
+
+
+def confused(answers: Sequence[Tensor]) -> bool:
+    """Whether two of these samples, of answers to two questions in turn, differ that are to the same one.
+
+    Rounding never takes an answer half the way to the other's, unless the two can hardly be told apart.
+    """
+    if len({a.shape for a in answers}) > 1:
+        return False
+    farthest = {True: 0.0, False: 0.0}  # by whether both are to the same question
+    for (m, a), (n, b) in combinations(enumerate(answers), 2):
+        same = (m - n) % 2 == 0
+        farthest[same] = max(farthest[same], float((a - b).norm()))
+    apart = farthest[False]
+    return apart > TELLING * float(answers[0].norm()) and farthest[True] > apart / 2
 
 
 def first_departing(layers: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> str:

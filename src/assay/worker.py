@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Runner", "import_torch", "main", "open_runner"]
 
+TURNS, TURNS_S = 8, 5.0  # answers asked for in a row, at least four: to repeat fewer would gain an eighth
 PHASE_END = "assay.end_of."  # names the events of a profile that end its phases
 
 
@@ -299,7 +300,7 @@ class Runner:
             proof={k: v for k, v in counters.items() if k in named or not k.startswith("ops.")}
             | {c: 0 for c in named if c.startswith("ops.") and c not in counters},
             disproved=gate.prove(claims, _with_zero_operators(counters, named, profile), self._counted),
-            void=void or (self._remembered() if profile else None) or "",
+            void=void or (self._remembered() or self._confused() if profile else None) or "",
             operators=operators,
             kernel_ns=kernel_ns,
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
@@ -323,6 +324,23 @@ class Runner:
                 return None
             seen_ns = min(seen_ns, sampler.sample(lead_in=0).step_ns)
         return validity.remembered_reason([max(statistics.median(self._steps_ns), seen_ns)], unseen_ns)
+
+    def _confused(self) -> str | None:
+        """Why the samples are void: asked two questions in turn, it gave one the answer to the other.
+
+        An arm that answers afresh only now and then may be lucky when the gate asks.
+        """
+        import torch
+
+        trial, end = self._timed(), time.monotonic() + TURNS_S
+        answers: list[Tensor] = []
+        try:
+            while len(answers) < TURNS and not self._agreed(len(answers) > 3 and time.monotonic() > end):
+                trial.reset()
+                answers.append(gate.sampled(trial.outputs(3 + len(answers) % 2)))  # the gate asks 1 and 2
+        except torch.OutOfMemoryError:  # where the gate asks for less, there may be no room for an answer
+            return None
+        return validity.CONFUSED if self._agreed(gate.confused(answers)) else None
 
     def _unseen_ns(self, case: Case, ticker: clock.Clock) -> float:
         """The quickest of a few steps, each on inputs that no call has had, ns."""

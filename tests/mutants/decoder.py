@@ -23,6 +23,7 @@ __all__ = [
     "good",
     "heads_not_transposed_back",
     "no_causal_mask",
+    "order_blind",
     "own_random_weights",
     "rope_discarded",
     "stale_cache",
@@ -48,6 +49,15 @@ def rope_discarded(case: Case) -> nn.Module:
     """Queries and keys are not turned by their positions."""
     model = _build(case)
     model.model.rotary_emb = _NoTurn()  # type: ignore[assignment]  # the fault itself
+    return model
+
+
+def order_blind(case: Case) -> nn.Module:
+    """Causal, but a set of tokens is all that the last position sees: one layer looks back, and unturned."""
+    model = _build(case)
+    model.model.rotary_emb = _NoTurn()  # type: ignore[assignment]  # the fault itself
+    for layer in list(model.model.layers)[1:]:
+        layer.self_attn.attend = _itself
     return model
 
 
@@ -92,6 +102,11 @@ def _unmasked(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_TS: Tensor | 
 def _shuffled(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_TS: Tensor | None) -> Tensor:
     B, N, T, D = q_BNTD.shape
     return attend_eager(q_BNTD, k_BKSD, v_BKSD, mask_TS).reshape(B, T, N, D).transpose(1, 2)
+
+
+def _itself(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_TS: Tensor | None) -> Tensor:
+    T, groups = q_BNTD.shape[2], q_BNTD.shape[1] // v_BKSD.shape[1]
+    return v_BKSD[:, :, -T:].repeat_interleave(groups, dim=1)
 
 
 class _NoTurn(nn.Module):

@@ -23,6 +23,7 @@ __all__ = [
     "masked",
     "one_code_path",
     "one_infinite_row",
+    "wrong_link_everywhere",
 ]
 
 
@@ -92,6 +93,11 @@ class _Local(torch.autograd.Function):
 def one_code_path(function: Callable[[str], Any]) -> Callable[[str], Any]:
     """A variant whose option is ignored: every implementation is `pcr`, apart from the oracle."""
     return lambda implementation: function("schur" if implementation == "schur" else "pcr")
+
+
+def wrong_link_everywhere(function: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A variant whose arms and the yardstick of their rounding share the wrong formula, not its oracle."""
+    return lambda implementation: function("schur") if implementation == "schur" else link_of_the_wrong_row
 
 
 def one_infinite_row(seed: int, n: int = 64, batch: int = 3) -> tuple[Any, ...]:

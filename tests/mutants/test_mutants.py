@@ -1,12 +1,16 @@
 """Every wrong decoder is refused by name, with what differs and where; the honest rewriting passes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from assay.measure.record import Record, Status
 from assay.measure.verdict import compare_records, exit_code
+from assay.systems.decoder import generation
+from assay.systems.decoder.adapter import ModuleLM
+from assay.systems.decoder.model import Decoder
 from tests.mutants import decoder
 from tests.sessions import measured, tiny
 
@@ -61,6 +65,12 @@ def test_discarded_rotation_is_caught_at_the_second_position(workload: str) -> N
     assert f"{FIRST_LAYER} [0, 1]" in reason
 
 
+def test_deafness_to_order_is_caught_by_the_position_probe() -> None:
+    reason = refusal(against_eager("order_blind", "infer"), Status.GATE_FAILED)
+    assert reason.startswith("probe gate: position differs: the output did not move")
+    assert "tokens 1 and 2 swapped" in reason
+
+
 def test_gradients_are_compared_and_every_failure_is_kept() -> None:
     _, other = against_eager("rope_discarded", "train")
     assert other.gate
@@ -74,6 +84,40 @@ def test_stale_cache_is_caught_at_the_first_decoded_token_and_nowhere_else() -> 
     assert "logits differs" in reason
     assert "first at position [0, 1]" in reason
     assert [r.status for r in against_eager("stale_cache", "infer")] == [Status.OK] * 2
+
+
+def test_stale_cache_is_not_compared_with_itself() -> None:
+    """Both arms decode over the same wrong cache; the oracle is a full pass, which has none."""
+    stale, _ = measured(tiny(["tests.mutants.decoder:stale_cache"] * 2, "generate"))
+    assert stale.status is Status.GATE_FAILED
+    assert "logits differs" in stale.reason
+
+
+def test_next_token_that_is_drawn_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits_BV, torch.randint(logits_BV.shape[-1], (len(logits_BV), 1))
+
+    monkeypatch.setattr(generation, "greedy", drawn)
+    eager, _ = measured(tiny(["eager", "sdpa"], "generate"))
+    assert eager.status is Status.GATE_FAILED
+    assert eager.reason.startswith("meaning gate: tokens differs")
+
+
+def test_weights_that_do_not_all_arrive_are_seen_where_they_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ModuleLM.load
+
+    def losing(self: ModuleLM, state: Mapping[str, torch.Tensor]) -> None:
+        real(self, state)
+        if self._dtype == "bf16" and isinstance(self.module, Decoder) and self._name == "sdpa":
+            with torch.no_grad():
+                self.module.lm_head.weight.zero_()
+
+    monkeypatch.setattr(ModuleLM, "load", losing)
+    _, sdpa = measured(tiny(["eager", "sdpa"], dtype=["bf16"]))
+    assert (sdpa.status, sdpa.summary) == (Status.ERROR, {})
+    assert "the weights of 'sdpa' are not shared; got parameter 'lm_head.weight' differs" in sdpa.reason
 
 
 def test_cache_promoted_to_float32_is_disproved_by_its_counter() -> None:
@@ -123,6 +167,7 @@ def test_every_mutant_is_tried_here() -> None:
         "good",
         "heads_not_transposed_back",
         "no_causal_mask",
+        "order_blind",
         "own_random_weights",
         "rope_discarded",
         "stale_cache",

@@ -48,6 +48,14 @@ def test_link_of_the_wrong_row_hides_only_where_all_links_are_equal() -> None:
     )
 
 
+def test_formula_that_the_yardstick_shares_is_bounded_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times a wrong reference's error would excuse every arm that is wrong the same way."""
+    monkeypatch.setattr(variant, "_function", resolvent.wrong_link_everywhere(variant._function))
+    records = measured(tiny(["resolvent", "resolvent"], "op", params={"n": [64], "batch": [2]}))
+    assert records[0].status is Status.GATE_FAILED
+    assert "the reference itself is off by as much: nothing bounds the error" in records[0].reason
+
+
 def test_determinants_that_underflow_to_zeros_are_caught() -> None:
     records = against("determinants", n=2048, batch=1)
     assert "2048 zero entries of 2048, the oracle has 0" in refusal(records)
@@ -118,4 +126,5 @@ def test_every_mutant_is_tried_here() -> None:
         "masked",
         "one_code_path",
         "one_infinite_row",
+        "wrong_link_everywhere",
     }

@@ -100,7 +100,7 @@ def wrong_epsilon(x: Tensor, w: Tensor) -> Tensor:
 def slow(x: Tensor, w: Tensor) -> Tensor:
     y = x @ x
     for _ in range(400):
-        y = torch.tanh(y @ x)
+        y = torch.tanh(y @ x / 16 + x)  # a rounding fades: the result must be known to be compared
     return y * w
 
 

@@ -323,3 +323,27 @@ def test_functions_of_a_file_are_compared(tmp_path: Path) -> None:
     )
     records = measured(tiny([f"{place}:a", f"{place}:b"], "op", params={"inputs": [f"{place}:make"]}))
     assert [r.status for r in records] == [Status.OK] * 2
+
+
+def test_memory_of_tensors_answers_for_what_they_held_before() -> None:
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def knowing(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if id(x) not in kept:
+            kept[id(x)] = x, x * w
+        return kept[id(x)][1]
+
+    made = trial(knowing, case())
+    made.step(lambda _phase: None)
+    honest = WORKLOAD.expected(Operator(lambda x, w: x * w), case(), 2)
+    assert torch.equal(made.outputs(1)["output:0"], kept[next(iter(kept))][1])
+    assert not torch.equal(made.outputs(2)["output:0"], honest["output:0"])
+
+
+def test_timed_arguments_have_their_values_back_after_the_gate() -> None:
+    seen: list[float] = []
+    made = trial(lambda x, _w: seen.append(float(x.detach().sum())), case())  # type: ignore[func-returns-value]
+    made.step(lambda _phase: None)
+    made.outputs(2)
+    made.step(lambda _phase: None)
+    assert seen[0] == seen[2] != seen[1]

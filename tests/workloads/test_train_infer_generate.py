@@ -10,6 +10,7 @@ from torch import Tensor
 from assay import plugins
 from assay.contracts import Case, LanguageModel
 from assay.gate import judge_outputs
+from assay.workloads._language import Inputs
 from tests.sessions import SIZES
 
 STREAM = 1
@@ -105,6 +106,21 @@ def test_timed_steps_rotate_through_inputs_that_the_gate_does_not_use(
     assert timed[:4] == timed[4:]
     trial.outputs(STREAM)
     assert seen[-1] not in timed
+
+
+@pytest.mark.parametrize("name", ["train", "infer", "generate"])
+def test_every_sample_has_new_inputs_in_the_tensors_that_the_gate_uses_too(
+    eager: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    trial: Any = plugins.find("workloads", name).prepare(eager, case(name))
+    held = trial._inputs._held
+    before = [ids.tolist() for ids in held]
+    trial.reset()
+    assert not [ids for ids in held if ids.tolist() in before]
+    drawn: list[Tensor] = []
+    monkeypatch.setattr(Inputs, "holding", lambda self, ids: drawn.append(held[0].copy_(ids)) or drawn[-1])
+    assert "input:ids" not in trial.outputs(STREAM)
+    assert drawn[0] is held[0]
 
 
 def test_generation_is_greedy_and_its_logits_are_those_of_given_tokens(eager: LanguageModel) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from assay.measure.record import Scalar
 
 __all__ = [
+    "CONFUSED",
     "Facts",
     "implausible_reason",
     "recompile_reason",
@@ -82,6 +83,11 @@ def remembered_reason(step_ns: Sequence[float], unseen_ns: float) -> str | None:
         f"a step took {_span(typical)} on inputs seen before and {_span(unseen_ns)} on new ones: "
         "the samples time a memory of answers"
     )
+
+
+CONFUSED = (
+    "asked two questions in turn, it gave one the answer to the other: the samples time a memory of answers"
+)
 
 
 def implausible_reason(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def flatten(value: Any, path: str = "") -> dict[str, Tensor]:
     import torch
 
     if isinstance(value, torch.Tensor):
-        return {f"output:{path or '0'}": value.detach().clone()}
+        return {f"output:{path or '0'}": plain(value).detach().clone()}
     if isinstance(value, bool | int | float):
         dtype = torch.float64 if isinstance(value, float) else None
         return {f"output:{path or '0'}": torch.tensor(value, dtype=dtype)}
@@ -40,6 +41,20 @@ def flatten(value: Any, path: str = "") -> dict[str, Tensor]:
     for key, inner in items:
         found |= flatten(inner, f"{path}.{key}" if path else str(key))
     return found
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor itself. Raises UsageError for one of another class, which may compute when it is read."""
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise UsageError(
+            "an answer may be worked out after the clock has stopped",
+            expected="a plain torch.Tensor",
+            got=type(tensor).__name__,
+            remedy="make it one inside what is timed",
+        )
+    return tensor
 
 
 def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
@@ -66,6 +81,60 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         make: Callable[..., Any] = getattr(value, "_make", type(value))  # a named tuple takes them apart
         return make([mapped(inner, change) for inner in value])
     return value
+
+
+@contextmanager
+def given(arguments: Any, values: Any) -> Iterator[Any]:
+    """Inside, `values` in the very tensors of `arguments`: who knows a tensor again answers for old values.
+
+    Where they do not fit (another shape, memory that a tensor repeats, a history), `values` as they are.
+    """
+    mine, others = tensors(arguments), tensors(values)
+    if mine.keys() != others.keys() or not all(_fits(t, others[path]) for path, t in mine.items()):
+        yield values
+        return
+    kept = {path: t.detach().clone() for path, t in mine.items()}
+    held = {id(t): mine[path] for path, t in others.items()}
+    _copy(mine, others)
+    try:
+        yield mapped(values, lambda t: held[id(t)])
+    finally:
+        _copy(mine, kept)
+
+
+def _fits(mine: Tensor, other: Tensor) -> bool:
+    import torch
+
+    kinds = {(t.dtype, t.device, t.layout, t.requires_grad, type(t)) for t in (mine, other)}
+    repeats = any(stride == 0 and size > 1 for size, stride in zip(mine.shape, mine.stride(), strict=True))
+    return (
+        len(kinds) == 1
+        and mine.shape == other.shape
+        and mine.layout == torch.strided
+        and mine.is_leaf
+        and not (repeats or mine.is_inference())
+    )
+
+
+def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    import torch
+
+    with torch.no_grad():
+        for path, tensor in into.items():
+            tensor.copy_(values[path])
+
+
+def copies(arguments: Any) -> dict[str, Tensor]:
+    """Their tensors as they are now, by path."""
+    return {path: t.detach().clone() for path, t in tensors(arguments).items()}
+
+
+def overwritten(arguments: Any, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`input:<path>` of the tensors that are no longer as they were."""
+    import torch
+
+    now = {path: t.detach() for path, t in tensors(arguments).items()}
+    return {f"input:{path}": t.clone() for path, t in now.items() if not torch.equal(t, before[path])}
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import count, cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,36 @@ def token_ids(case: Case, vocab_size: int, batch: int, length: int, *stream: int
 def sequences(case: Case, vocab_size: int, stream: int) -> Tensor:
     """Token ids of the case's `batch_size` and `seq_length`."""
     return token_ids(case, vocab_size, whole(case, "batch_size"), whole(case, "seq_length"), stream)
+
+
+class Inputs:
+    """Token ids of the timed steps: a few tensors in turn, with new values before every sample.
+
+    `draw` makes those of a stream. The gate's go through the same tensors, so that an arm which knows a
+    tensor again, or ids, gains nothing or answers for the wrong ones.
+    """
+
+    def __init__(self, draw: Callable[[int], Tensor]) -> None:
+        self._draw, self._streams = draw, count(100)
+        self._held = [draw(next(self._streams)) for _ in range(ROTATED_INPUTS)]
+        self._turn = cycle(self._held)
+
+    def renew(self) -> None:
+        """Other ids in every tensor."""
+        for ids_BT in self._held:
+            ids_BT.copy_(self._draw(next(self._streams)))
+
+    def __next__(self) -> Tensor:
+        return next(self._turn)
+
+    def holding(self, values_BT: Tensor) -> Tensor:
+        """The next tensor, with those values."""
+        return next(self).copy_(values_BT)
+
+
+def changed(ids_BT: Tensor, before_BT: Tensor) -> dict[str, Tensor]:
+    """`input:ids` where an arm has written into the ids that it was given."""
+    return {} if bool((ids_BT == before_BT).all()) else {"input:ids": ids_BT.clone()}
 
 
 def smaller_sequences(case: Case) -> Case | None:

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from assay.contracts import Case, Mark, Option, Probe, Scalar, System, Work
-from assay.workloads._functions import flatten
+from assay.workloads._functions import copies, flatten, given, overwritten
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FRESH = 3  # seeds of inputs that nobody has seen come right after that of the timed ones
 
 
 class FunctionSystem(System, Protocol):
@@ -26,16 +29,20 @@ class CallTrial:
     work: Mapping[str, Work] = {}
 
     def __init__(self, system: FunctionSystem, case: Case) -> None:
-        self._system = system
+        self._system, self._seed = system, case.seed
         function, arguments = system.function, system.make_inputs(case.seed)
+        self._arguments = arguments
         self.step: Callable[[Mark], None] = lambda _mark: function(*arguments)
 
     def reset(self) -> None:
         """The function keeps its own state."""
 
     def outputs(self, seed: int) -> Mapping[str, Tensor]:
-        """Every tensor that the function returns, `output:<path>`."""
-        return flatten(self._system.function(*self._system.make_inputs(seed)))
+        """`output:<path>` of every tensor that it returns, `input:<path>` of the arguments it changed."""
+        fresh = self._system.make_inputs(self._seed if seed == 1 else self._seed + FRESH + seed)
+        with given(self._arguments, fresh) as arguments:
+            before = copies(arguments)
+            return flatten(self._system.function(*arguments)) | overwritten(arguments, before)
 
     def proof(self) -> Mapping[str, Scalar]:
         """An opaque function claims nothing."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 from assay.contracts import Case, LanguageModel, Mark, Option, Scalar, Work
-from assay.workloads._language import PROBES, ROTATED_INPUTS, SHAPE, halve, token_ids, whole
+from assay.workloads._functions import plain
+from assay.workloads._language import PROBES, SHAPE, Inputs, changed, halve, token_ids, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class GenerateTrial:
         self._torch = torch
         self._system, self._case = system, case
         batch, prompt, output = _sizes(case)
-        self._inputs = cycle([self._prompts(100 + i, prompt) for i in range(ROTATED_INPUTS)])
+        self._inputs = Inputs(lambda stream: self._prompts(stream, prompt))
         self._decoding = system.decoding(batch, prompt + output)
         self._tokens_BN = torch.zeros(batch, output, dtype=torch.int64, device=case.device)
         self.work: Mapping[str, Work] = system.work("generate", case.params)
@@ -58,22 +58,24 @@ class GenerateTrial:
             mark("decode")
 
     def reset(self) -> None:
-        """Prefill starts its cache anew."""
+        """Prefill starts its cache anew; the next sample's prompts are new."""
+        self._inputs.renew()
 
     def outputs(self, seed: int) -> Mapping[str, Tensor]:
         """`logits` (B, N, V) of given tokens fed one by one; from float32 up greedy `tokens` too."""
         _, prompt, output = _sizes(self._case)
         ids_BT = self._prompts(seed, prompt + output - 1)
         with self._torch.no_grad():
-            logits = [self._decoding.prefill(ids_BT[:, :prompt])[0].clone()]
+            prompt_BT = self._inputs.holding(ids_BT[:, :prompt])
+            logits = [plain(self._decoding.prefill(prompt_BT)[0]).clone()]
             for t in range(prompt, prompt + output - 1):
                 logits.append(self._decoding.advance(ids_BT[:, t : t + 1])[0].clone())  # noqa: PERF401 (order)
             found: dict[str, Tensor] = {"logits": self._torch.stack(logits, dim=1)}
             if self._case.dtype in ("fp32", "fp64"):
                 tokens_BN = self._tokens_BN[:, :GREEDY_STEPS].clone()
-                self._generate(ids_BT[:, :prompt], tokens_BN, lambda _: None)
+                self._generate(prompt_BT, tokens_BN, lambda _: None)
                 found["tokens"] = tokens_BN
-        return found
+        return found | changed(prompt_BT, ids_BT[:, :prompt])
 
     def proof(self) -> Mapping[str, Scalar]:
         """The system's own counters."""

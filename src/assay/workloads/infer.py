@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 from assay.contracts import Case, LanguageModel, Mark, Option, Scalar, Work
-from assay.workloads._language import PROBES, ROTATED_INPUTS, SHAPE, sequences, smaller_sequences
+from assay.workloads._functions import plain
+from assay.workloads._language import PROBES, SHAPE, Inputs, changed, sequences, smaller_sequences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class InferTrial:
 
         self._system, self._case = system, case
         self._no_grad = torch.no_grad
-        self._inputs = cycle([sequences(case, system.vocab_size, 100 + i) for i in range(ROTATED_INPUTS)])
+        self._inputs = Inputs(lambda stream: sequences(case, system.vocab_size, stream))
         self.work: Mapping[str, Work] = system.work("infer", case.params)
 
     def step(self, mark: Mark) -> None:
@@ -33,14 +33,16 @@ class InferTrial:
         mark("forward")
 
     def reset(self) -> None:
-        """A step leaves nothing behind."""
+        """A step leaves nothing behind; the next sample's inputs are new."""
+        self._inputs.renew()
 
     def outputs(self, seed: int) -> Mapping[str, Tensor]:
         """`logits`, (B, T, V)."""
+        before_BT = sequences(self._case, self._system.vocab_size, seed)
+        ids_BT = self._inputs.holding(before_BT)
         with self._no_grad():
-            return {
-                "logits": self._system.forward(sequences(self._case, self._system.vocab_size, seed)).clone()
-            }
+            logits_BTV = plain(self._system.forward(ids_BT)).clone()
+        return {"logits": logits_BTV, **changed(ids_BT, before_BT)}
 
     def proof(self) -> Mapping[str, Scalar]:
         """The system's own counters."""

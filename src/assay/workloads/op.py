@@ -15,7 +15,7 @@ import numpy as np
 from assay.contracts import Case, Mark, Option, Probe, Scalar, System, Work
 from assay.errors import AssayError, UsageError
 from assay.plugins import load_target
-from assay.workloads._functions import flatten, mapped, tensors
+from assay.workloads._functions import copies, flatten, given, mapped, overwritten, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,14 +69,11 @@ class OpTrial:
     def outputs(self, seed: int) -> Mapping[str, Tensor]:
         """`output:<path>`, `grad:<path>` of the arguments, and `input:<path>` of those that were changed."""
         fresh = _arguments(self._system, self._case, _gate_seed(self._case, seed))
-        if not self._system.replays:
+        if self._case.params["direction"] == "backward":  # the graph that is held keeps the timed values
             return _outcome(fresh, _call(self._system.function, fresh, self._case))
-        kept = mapped(self._arguments, lambda t: t.detach().clone())
-        _overwrite(self._arguments, fresh)
-        try:
-            return _outcome(self._arguments, self._call)
-        finally:
-            _overwrite(self._arguments, kept)
+        with given(self._arguments, fresh) as arguments:
+            call = _call(self._system.function, arguments, self._case)
+            return _outcome(arguments, self._call if self._system.replays else call)
 
     def proof(self) -> Mapping[str, Scalar]:
         """The system's own counters."""
@@ -153,15 +150,6 @@ def _spelled(seed: int, given: Mapping[str, Any]) -> str:
     return f"make({', '.join([str(seed), *(f'{k}={v!r}' for k, v in given.items())])})"
 
 
-def _overwrite(arguments: Any, values: Any) -> None:
-    """New values in the same tensors."""
-    import torch
-
-    with torch.no_grad():
-        for mine, other in zip(tensors(arguments).values(), tensors(values).values(), strict=True):
-            mine.copy_(other)
-
-
 # ---- calls ------------------------------------------------------------------------------------------------
 
 
@@ -221,19 +209,14 @@ def _cotangent(output: Tensor, number: int) -> Tensor:
 
 def _outcome(arguments: tuple[Any, ...], call: Call) -> dict[str, Tensor]:
     """One call as the gate compares it."""
-    import torch
-
-    before = {path: t.detach().clone() for path, t in tensors(arguments).items()}
+    before = copies(arguments)
     result, gradients = call()
     found = flatten(result)
     leaves = [path for path, t in tensors(arguments).items() if t.requires_grad]
     for path, gradient in zip(leaves if gradients else (), gradients, strict=True):
         if gradient is not None:
             found[f"grad:{path}"] = gradient.detach().clone()
-    for path, tensor in tensors(arguments).items():
-        if not torch.equal(tensor.detach(), before[path]):
-            found[f"input:{path}"] = tensor.detach().clone()
-    return found
+    return found | overwritten(arguments, before)
 
 
 # ---- work -------------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 from assay.contracts import Case, LanguageModel, Mark, Option, Scalar, Work
-from assay.workloads._language import PROBES, ROTATED_INPUTS, SHAPE, sequences, smaller_sequences
+from assay.workloads._functions import plain
+from assay.workloads._language import PROBES, SHAPE, Inputs, changed, sequences, smaller_sequences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ class TrainTrial:
     def __init__(self, system: LanguageModel, case: Case) -> None:
         self._system, self._case = system, case
         self._optimizer = str(case.params["optimizer"])
-        self._inputs = cycle([sequences(case, system.vocab_size, 100 + i) for i in range(ROTATED_INPUTS)])
+        self._inputs = Inputs(lambda stream: sequences(case, system.vocab_size, stream))
         self.phases: tuple[str, ...] = ("forward", "backward", "zero_grad")
         if self._optimizer != "none":
             self.phases = ("forward", "backward", "optimizer", "zero_grad")
@@ -38,15 +38,18 @@ class TrainTrial:
         mark("zero_grad")
 
     def reset(self) -> None:
-        """A step leaves nothing behind: gradients are cleared inside it."""
+        """A step leaves nothing behind: gradients are cleared inside it. The next sample's inputs are new."""
+        self._inputs.renew()
 
     def outputs(self, seed: int) -> Mapping[str, Tensor]:
         """`loss` and `grad:<name>` of every parameter that has one."""
-        loss = self._system.loss(sequences(self._case, self._system.vocab_size, seed))
+        before_BT = sequences(self._case, self._system.vocab_size, seed)
+        ids_BT = self._inputs.holding(before_BT)
+        loss = plain(self._system.loss(ids_BT))
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        grads = {f"grad:{n}": g for n, g in self._system.gradients().items() if g is not None}
+        grads = {f"grad:{n}": plain(g) for n, g in self._system.gradients().items() if g is not None}
         self._system.zero_grad()
-        return {"loss": loss.detach(), **grads}
+        return {"loss": loss.detach(), **grads, **changed(ids_BT, before_BT)}
 
     def proof(self) -> Mapping[str, Scalar]:
         """The system's own counters."""
