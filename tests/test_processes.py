@@ -238,10 +238,10 @@ def test_terminated_run_leaves_no_worker_and_no_temporary_folder(
         wait_for(lambda: len(list(temporary.glob("assay-*/worker-*.log"))) > 1, terminated)
         workers = psutil.Process(terminated.pid).children(recursive=True)
         terminated.terminate()
-        _, said = terminated.communicate(timeout=60)
+        _, said = terminated.communicate(timeout=300)
     assert terminated.returncode == 128 + signal.SIGTERM, said
     assert b"Traceback" not in said
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=300)
     assert alive == []
     assert list(temporary.glob("assay-*")) == []
 

@@ -395,6 +395,12 @@ def test_first_call_is_cold_start_and_no_sample() -> None:
     assert built.cold.first_call_s >= 0.05
 
 
+def test_arm_that_leaves_fails_its_case_and_not_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = runner([], [])
+    monkeypatch.setattr(Steps, "step", lambda _self, _mark: sys.exit(0))
+    assert ask(mine, Build()) == Failure(status="error", reason="'mine' raised SystemExit: 0")
+
+
 def test_steps_that_were_slow_when_counted_are_counted_again() -> None:
     """Build and the memory pass take two steps; two more slow ones mislead the first calibration."""
     mine = runner([], [0.0, 0.0, 0.004, 0.004])

@@ -455,9 +455,13 @@ def _verb(name: str, suite: Suite) -> Callable[..., int]:
 mount_suites()
 
 
+class _Terminated(BaseException):
+    """SIGTERM came. No SystemExit: those of an arm end a case, not the run."""
+
+
 def _terminated(number: int, frame: object) -> None:
-    del frame
-    sys.exit(128 + number)
+    del number, frame
+    raise _Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -476,6 +480,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except _Terminated:
+        sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:
         sys.exit(0)
     sys.exit(code or 0)

@@ -183,7 +183,7 @@ Request = Open | Oracle | Check | Build | MeasureMemory | TraceMemory | Gate | W
 Reply = Opened | OracleMade | Gated | Built | Memory | Traced | Ready | Sampled | Finished | Failure
 
 
-def as_failure(error: Exception, arm: str) -> Failure:
+def as_failure(error: BaseException, arm: str) -> Failure:
     """The status and the one line that an exception stands for."""
     name, _, text = one_line(error).partition(": ")
     if isinstance(error, Unavailable):

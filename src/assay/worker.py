@@ -106,10 +106,13 @@ class Runner:
     # -- requests ---------------------------------------------------------------------------------
 
     def handle(self, request: Request) -> Reply:
-        """Answer one request; an exception becomes the Failure that says how the case ended."""
+        """Answer one request; an exception becomes the Failure that says how the case ended.
+
+        Also where an arm calls `sys.exit`, which is not to end a process that others share.
+        """
         try:
             return self._answer(request)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             if not isinstance(e, AssayError):  # those say all there is to say in their one line
                 traceback.print_exc()
             return as_failure(e, self.arm.name)
