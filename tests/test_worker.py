@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from assay import plugins, worker
+from assay import audit, plugins, worker
 from assay.contracts import Case, Claim, Options, Variant
 from assay.errors import Unavailable, UsageError
 from assay.measure.record import Arm, Record, Status
@@ -37,7 +37,7 @@ from assay.wire import (
     Warm,
     as_failure,
 )
-from assay.worker import Runner, kernel_times_ns, open_runner
+from assay.worker import Runner, open_runner
 from tests.sessions import measured, tiny
 
 PHASES = {
@@ -463,8 +463,8 @@ def test_kernel_times_are_cut_at_the_ends_of_phases() -> None:
         event("step", 4, 33, device, note=True),
         event("gemm", 30, 33, device),
     ]
-    assert kernel_times_ns(events) == {"step": 8000.0, "forward": 5000.0, "backward": 3000.0}
-    assert kernel_times_ns([events[0]]) == {}
+    assert audit.kernel_times_ns(events) == {"step": 8000.0, "forward": 5000.0, "backward": 3000.0}
+    assert audit.kernel_times_ns([events[0]]) == {}
 
 
 def test_opening_resolves_names_before_anything_is_built() -> None:

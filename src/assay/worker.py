@@ -9,27 +9,23 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import hashlib
 import importlib
 import importlib.util
-import math
 import os
-import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from assay import gate, plan, plugins
+from assay import audit, gate, plan, plugins
 from assay.contracts import Case, Options, System, Trial, Variant, Workload
 from assay.errors import AssayError, Unavailable, UsageError
 from assay.measure import clock, device, environment, memory, saved, timeline, validity
-from assay.measure.busy import busy_us
 from assay.measure.loop import Sampler
 from assay.measure.record import Cold, Figure, Memory, Scalar
 from assay.oracle import STAGES, OracleMaker, at, captured, load_answers, probe_figures, state_path
@@ -63,9 +59,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Runner", "import_torch", "main", "open_runner"]
-
-TURNS, TURNS_S = 8, 5.0  # answers asked for in a row, at least four: to repeat fewer would gain an eighth
-PHASE_END = "assay.end_of."  # names the events of a profile that end its phases
 
 
 def at_seed(case: Case, more: int) -> Case:
@@ -292,7 +285,8 @@ class Runner:
         counters: dict[str, Scalar] = dict(self._timed().proof())
         operators, kernel_ns = "", dict[str, float]()
         if profile and (self.workload.functions or not self.variant.opaque):
-            operators, kernel_ns = self._profile(counters)
+            counts, operators, kernel_ns = audit.operators(self._timed(), self.case.device)
+            counters |= {f"ops.{name}": count for name, count in counts.items()}
         claims = [
             c
             for c in self.variant.claims(self.case, self._options())
@@ -303,85 +297,24 @@ class Runner:
             proof={k: v for k, v in counters.items() if k in named or not k.startswith("ops.")}
             | {c: 0 for c in named if c.startswith("ops.") and c not in counters},
             disproved=gate.prove(claims, _with_zero_operators(counters, named, profile), self._counted),
-            void=void or (self._remembered() or self._confused() if profile else None) or "",
+            void=void or (self._from_memory() if profile else None) or "",
             operators=operators,
             kernel_ns=kernel_ns,
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
         )
 
-    def _remembered(self) -> str | None:
-        """Why the samples are void: on inputs that it has never seen the same step takes far longer.
+    def _from_memory(self) -> str | None:
+        """Why the samples are void: it did not work out what it answered."""
 
-        A suspicion is asked three times, each beside a step on inputs that were seen, and the quickest of
-        either kind are compared: a machine that stalls slows some steps, one that throttles slows both kinds.
-        """
-        if not self._steps_ns:
-            return None
+        def fresh(more: int) -> Trial:
+            return self.workload.prepare(self._system, at_seed(self.case, more))
+
         sampler = self._ready()
         if self.workload.functions:  # their own clock calls a step before it times it
             sampler = Sampler(sampler.trial, clock.for_device(self.case.device))
-        unseen_ns = seen_ns = math.inf
-        for attempt in range(3):
-            unseen_ns = min(unseen_ns, self._unseen_ns(at_seed(self.case, 10 * attempt), sampler.clock))
-            if validity.remembered_reason(self._steps_ns, unseen_ns) is None:
-                return None
-            seen_ns = min(seen_ns, sampler.sample(lead_in=0).step_ns)
-        return validity.remembered_reason([max(statistics.median(self._steps_ns), seen_ns)], unseen_ns)
-
-    def _confused(self) -> str | None:
-        """Why the samples are void: asked two questions in turn, it gave one the answer to the other.
-
-        An arm that answers afresh only now and then may be lucky when the gate asks.
-        """
-        import torch
-
-        trial, end = self._timed(), time.monotonic() + TURNS_S
-        answers: list[Tensor] = []
-        try:
-            while len(answers) < TURNS and not self._agreed(len(answers) > 3 and time.monotonic() > end):
-                trial.reset()
-                answers.append(gate.sampled(trial.outputs(3 + len(answers) % 2)))  # the gate asks 1 and 2
-        except torch.OutOfMemoryError:  # where the gate asks for less, there may be no room for an answer
-            return None
-        return validity.CONFUSED if self._agreed(gate.confused(answers)) else None
-
-    def _unseen_ns(self, case: Case, ticker: clock.Clock) -> float:
-        """The quickest of a few steps, each on inputs that no call has had, ns."""
-        if self.variant.opaque:  # one input a trial: each call needs a trial of its own
-            trials = [self.workload.prepare(self._system, at_seed(case, n)) for n in (1, 2, 3)]
-            return min(ticker.time(trial.step).step_ns for trial in trials)
-        sampler = Sampler(self.workload.prepare(self._system, at_seed(case, 1)), ticker)
-        return min(sampler.sample(lead_in=1).step_ns, sampler.sample(lead_in=0).step_ns)  # inputs rotate
-
-    def _profile(self, counters: dict[str, Scalar]) -> tuple[str, dict[str, float]]:
-        """Count the operators of one more step as `ops.<name>`.
-
-        Returns a digest of names and counts, and on CUDA the time in which kernels ran by phase, ns. Each
-        phase ends synchronised here, so that its kernels are its own.
-        """
-        # torch.profiler is this with more around it, and imports torch._inductor: seconds
-        from torch.autograd.profiler import profile, record_function
-
-        trial = self._timed()
-        cuda = self.case.device.startswith("cuda")
-        synchronize = clock.for_device(self.case.device).synchronize
-
-        def end(phase: str) -> None:
-            synchronize()
-            with record_function(PHASE_END + phase):
-                pass
-
-        trial.reset()
-        device_type = "cuda" if cuda else None
-        with profile(use_device=device_type, use_kineto=True, acc_events=True) as run:
-            trial.step(end if cuda else clock.ignore)
-            synchronize()
-        averages = [e for e in run.key_averages() if not e.key.startswith(PHASE_END)]
-        found = sorted((e.key, e.count) for e in averages)
-        for name, count in found:
-            counters[f"ops.{name}"] = count
-        digest = hashlib.sha256(repr(found).encode()).hexdigest()[:12] if found else ""
-        return digest, kernel_times_ns(run.function_events)
+        return audit.remembered(
+            self._steps_ns, sampler, fresh, one_input=self.variant.opaque
+        ) or audit.confused(self._timed(), self._agreed)
 
     # -- helpers ----------------------------------------------------------------------------------
 
@@ -428,23 +361,6 @@ class Runner:
     def _ready(self) -> Sampler:
         assert self._sampler is not None, "Build comes first"
         return self._sampler
-
-
-def kernel_times_ns(events: Iterable[Any]) -> dict[str, float]:
-    """Phase -> ns in which a kernel or a copy ran, from a profile whose phases end in a PHASE_END event.
-
-    Empty where the profiler saw nothing of a device.
-    """
-    spans: list[tuple[float, float]] = []
-    marks: list[tuple[str, float]] = []
-    for event in events:
-        if event.name.startswith(PHASE_END):
-            if event.device_type.name == "CPU":
-                marks.append((event.name.removeprefix(PHASE_END), event.time_range.end))
-        elif event.device_type.name == "CUDA" and not event.is_user_annotation:
-            spans.append((event.time_range.start, event.time_range.end))
-    found = busy_us(spans, sorted(marks, key=lambda mark: mark[1]))
-    return {phase: round(1e3 * us, 1) for phase, us in found.items()}
 
 
 def _with_zero_operators(

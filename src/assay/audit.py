@@ -1,0 +1,115 @@
+"""What is asked of an arm after its last sample: what ran in a step, and whether it answers from memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from assay import gate
+from assay.contracts import Trial
+from assay.measure import clock, validity
+from assay.measure.busy import busy_us
+from assay.measure.loop import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["confused", "kernel_times_ns", "operators", "remembered"]
+
+PHASE_END = "assay.end_of."  # names the events of a profile that end its phases
+TURNS, TURNS_S = 8, 5.0  # answers asked for in a row, at least four: to repeat fewer would gain an eighth
+
+
+def operators(trial: Trial, device: str) -> tuple[Mapping[str, int], str, dict[str, float]]:
+    """Operator -> how often one more step runs it; a digest of that; `kernel_times_ns` on CUDA.
+
+    Each phase ends synchronised here, so that its kernels are its own.
+    """
+    # torch.profiler is this with more around it, and imports torch._inductor: seconds
+    from torch.autograd.profiler import profile, record_function
+
+    cuda = device.startswith("cuda")
+    synchronize = clock.for_device(device).synchronize
+
+    def end(phase: str) -> None:
+        synchronize()
+        with record_function(PHASE_END + phase):
+            pass
+
+    trial.reset()
+    with profile(use_device="cuda" if cuda else None, use_kineto=True, acc_events=True) as run:
+        trial.step(end if cuda else clock.ignore)
+        synchronize()
+    averages = [e for e in run.key_averages() if not e.key.startswith(PHASE_END)]
+    found = sorted((e.key, e.count) for e in averages)
+    digest = hashlib.sha256(repr(found).encode()).hexdigest()[:12] if found else ""
+    return dict(found), digest, kernel_times_ns(run.function_events)
+
+
+def kernel_times_ns(events: Iterable[Any]) -> dict[str, float]:
+    """Phase -> ns in which a kernel or a copy ran, from a profile whose phases end in a PHASE_END event.
+
+    Empty where the profiler saw nothing of a device.
+    """
+    spans: list[tuple[float, float]] = []
+    marks: list[tuple[str, float]] = []
+    for event in events:
+        if event.name.startswith(PHASE_END):
+            if event.device_type.name == "CPU":
+                marks.append((event.name.removeprefix(PHASE_END), event.time_range.end))
+        elif event.device_type.name == "CUDA" and not event.is_user_annotation:
+            spans.append((event.time_range.start, event.time_range.end))
+    found = busy_us(spans, sorted(marks, key=lambda mark: mark[1]))
+    return {phase: round(1e3 * us, 1) for phase, us in found.items()}
+
+
+def remembered(
+    steps_ns: Sequence[float], sampler: Sampler, fresh: Callable[[int], Trial], *, one_input: bool
+) -> str | None:
+    """Why the samples `steps_ns` are void: on inputs that it has never seen the same step takes far longer.
+
+    `fresh` makes a trial with inputs of another seed, so many on from the case's; `one_input` where all its
+    steps have the same. A suspicion is asked three times, each beside a step on inputs that were seen, and
+    the quickest of either kind are compared: a machine that stalls slows some steps, one that throttles
+    slows both kinds.
+    """
+    if not steps_ns:
+        return None
+
+    def unseen(attempt: int) -> float:
+        if one_input:  # each call needs a trial of its own
+            trials = [fresh(10 * attempt + n) for n in (1, 2, 3)]
+            return min(sampler.clock.time(trial.step).step_ns for trial in trials)
+        other = Sampler(fresh(10 * attempt + 1), sampler.clock)
+        return min(other.sample(lead_in=1).step_ns, other.sample(lead_in=0).step_ns)  # inputs rotate
+
+    unseen_ns = seen_ns = math.inf
+    for attempt in range(3):
+        unseen_ns = min(unseen_ns, unseen(attempt))
+        if validity.remembered_reason(steps_ns, unseen_ns) is None:
+            return None
+        seen_ns = min(seen_ns, sampler.sample(lead_in=0).step_ns)
+    return validity.remembered_reason([max(statistics.median(steps_ns), seen_ns)], unseen_ns)
+
+
+def confused(trial: Trial, agreed: Callable[[bool], bool]) -> str | None:
+    """Why the samples are void: asked two questions in turn, it gave one the answer to the other.
+
+    An arm that answers afresh only now and then may be lucky when the gate asks. `agreed` makes ranks that
+    answer together decide together.
+    """
+    import torch
+
+    end = time.monotonic() + TURNS_S
+    answers: list[Tensor] = []
+    try:
+        while len(answers) < TURNS and not agreed(len(answers) > 3 and time.monotonic() > end):
+            trial.reset()
+            answers.append(gate.sampled(trial.outputs(3 + len(answers) % 2)))  # the gate asks 1 and 2
+    except torch.OutOfMemoryError:  # where the gate asks for less, there may be no room for an answer
+        return None
+    return validity.CONFUSED if agreed(gate.confused(answers)) else None
