@@ -84,3 +84,8 @@ def _hasten_interpreter() -> None:
             plain(where, *rest)
 
     interpreter._patch_builtin = patch
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter take down at its end what was out of sight: extension modules report the rest."""
+    gc.unfreeze()

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -68,18 +69,24 @@ def failure(reply: Failure) -> Unavailable | UsageError | WorkerError:
 
 
 class InlineChannel:
-    """The runner in this process: for debugging, and for plain callables."""
+    """The runner in this process: for debugging, and for plain callables.
+
+    An arm finds the process's switches (settings.py) as it left them, and others find them as they were.
+    """
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
         self._reply: Reply = Opened(import_s=0.0)
+        self._switches: Mapping[str, Any] = {}
 
     def send(self, request: Request) -> None:
         before = settings.current()
-        self._reply = self._handler.handle(request)
-        if changed := settings.restore(before):
-            reason = f"it leaves {changed} changed, which the other arms of this process share"
-            self._reply = Failure(status="error", reason=reason)
+        settings.put(self._switches)
+        try:
+            self._reply = self._handler.handle(request)
+        finally:
+            self._switches = settings.current()
+            settings.put(before)
 
     def receive(self) -> Reply:
         return self._reply

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["current", "restore"]
+__all__ = ["current", "put"]
 
 Switch = tuple[Callable[[], Any], Callable[[Any], Any]]  # how it is read, and how it is set
 
@@ -16,9 +15,8 @@ def _switches() -> Mapping[str, Switch]:
     found: dict[str, Switch] = {
         "garbage collection": (gc.isenabled, lambda on: gc.enable() if on else gc.disable())
     }
-    torch = sys.modules.get("torch")
-    if torch is None:  # nothing has used it, so nothing has changed it
-        return found
+    import torch
+
     cudnn = torch.backends.cudnn
     return found | {
         "the number of threads": (torch.get_num_threads, torch.set_num_threads),
@@ -42,11 +40,8 @@ def current() -> Mapping[str, Any]:
     return {name: read() for name, (read, _) in _switches().items()}
 
 
-def restore(before: Mapping[str, Any]) -> str:
-    """Put the switches back. Returns the name of one that had changed, or an empty string."""
-    changed = ""
-    for name, (read, put) in _switches().items():
-        if name in before and read() != before[name]:
-            put(before[name])
-            changed = name
-    return changed
+def put(values: Mapping[str, Any]) -> None:
+    """Set the switches that are named."""
+    for name, (read, write) in _switches().items():
+        if name in values and read() != values[name]:
+            write(values[name])
