@@ -7,6 +7,7 @@ from itertools import count, cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 
 from assay.contracts import Case, LanguageModel, Option, Probe
 
@@ -37,19 +38,20 @@ def sequences(case: Case, vocab_size: int, stream: int) -> Tensor:
 class Inputs:
     """Token ids of the timed steps: a few tensors in turn, with new values before every sample.
 
-    `draw` makes those of a stream. The gate's go through the same tensors, so that an arm which knows a
-    tensor again, or ids, gains nothing or answers for the wrong ones.
+    `draw` makes those of a case and a stream. The gate's go through the same tensors, so that an arm which
+    knows a tensor again, or ids, gains nothing or answers for the wrong ones.
     """
 
-    def __init__(self, draw: Callable[[int], Tensor]) -> None:
-        self._draw, self._streams = draw, count(100)
-        self._held = [draw(next(self._streams)) for _ in range(ROTATED_INPUTS)]
+    def __init__(self, case: Case, draw: Callable[[Case, int], Tensor]) -> None:
+        self._on_host, self._draw, self._streams = replace(case, device="cpu"), draw, count(100)
+        self._held = [draw(case, next(self._streams)) for _ in range(ROTATED_INPUTS)]
         self._turn = cycle(self._held)
 
     def renew(self) -> None:
-        """Other ids in every tensor."""
+        """Other ids in every tensor, without a wait for the device."""
         for ids_BT in self._held:
-            ids_BT.copy_(self._draw(next(self._streams)))
+            drawn_BT = self._draw(self._on_host, next(self._streams))
+            ids_BT.copy_(drawn_BT.pin_memory() if ids_BT.is_cuda else drawn_BT, non_blocking=True)
 
     def __next__(self) -> Tensor:
         return next(self._turn)

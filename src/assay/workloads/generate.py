@@ -34,14 +34,13 @@ class GenerateTrial:
         self._torch = torch
         self._system, self._case = system, case
         batch, prompt, output = _sizes(case)
-        self._inputs = Inputs(lambda stream: self._prompts(stream, prompt))
+        self._inputs = Inputs(case, lambda case, stream: self._prompts(case, stream, prompt))
         self._decoding = system.decoding(batch, prompt + output)
         self._tokens_BN = torch.zeros(batch, output, dtype=torch.int64, device=case.device)
         self.work: Mapping[str, Work] = system.work("generate", case.params)
 
-    def _prompts(self, stream: int, length: int) -> Tensor:
-        batch = whole(self._case, "gen_batch_size")
-        return token_ids(self._case, self._system.vocab_size, batch, length, stream)
+    def _prompts(self, case: Case, stream: int, length: int) -> Tensor:
+        return token_ids(case, self._system.vocab_size, whole(case, "gen_batch_size"), length, stream)
 
     def step(self, mark: Mark) -> None:
         """Greedy generation of the asked number of tokens; nothing waits for the device."""
@@ -64,7 +63,7 @@ class GenerateTrial:
     def outputs(self, seed: int) -> Mapping[str, Tensor]:
         """`logits` (B, N, V) of given tokens fed one by one; from float32 up greedy `tokens` too."""
         _, prompt, output = _sizes(self._case)
-        ids_BT = self._prompts(seed, prompt + output - 1)
+        ids_BT = self._prompts(self._case, seed, prompt + output - 1)
         with self._torch.no_grad():
             prompt_BT = self._inputs.holding(ids_BT[:, :prompt])
             logits = [plain(self._decoding.prefill(prompt_BT)[0]).clone()]

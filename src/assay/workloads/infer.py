@@ -23,7 +23,7 @@ class InferTrial:
 
         self._system, self._case = system, case
         self._no_grad = torch.no_grad
-        self._inputs = Inputs(lambda stream: sequences(case, system.vocab_size, stream))
+        self._inputs = Inputs(case, lambda case, stream: sequences(case, system.vocab_size, stream))
         self.work: Mapping[str, Work] = system.work("infer", case.params)
 
     def step(self, mark: Mark) -> None:

@@ -19,7 +19,7 @@ class TrainTrial:
     def __init__(self, system: LanguageModel, case: Case) -> None:
         self._system, self._case = system, case
         self._optimizer = str(case.params["optimizer"])
-        self._inputs = Inputs(lambda stream: sequences(case, system.vocab_size, stream))
+        self._inputs = Inputs(case, lambda case, stream: sequences(case, system.vocab_size, stream))
         self.phases: tuple[str, ...] = ("forward", "backward", "zero_grad")
         if self._optimizer != "none":
             self.phases = ("forward", "backward", "optimizer", "zero_grad")
