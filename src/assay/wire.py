@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from assay.errors import Unavailable, UsageError, one_line
+from assay.errors import Unavailable, UsageError, WorkerError, one_line
 from assay.measure.clock import Timing
 from assay.measure.loop import WarmUp
 from assay.measure.record import Arm, Case, Cold, Environment, Figure, Memory, Saved, Scalar, Timeline, Work
@@ -190,6 +190,8 @@ def as_failure(error: BaseException, arm: str) -> Failure:
         return Failure(status="unavailable", reason=error.reason, remedy=error.remedy)
     if isinstance(error, UsageError):
         return Failure(status="usage", reason=text)
+    if isinstance(error, WorkerError):
+        return Failure(status=error.status, reason=text)
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate" in text:
         return Failure(status="out_of_memory", reason=f"'{arm}' ran out of memory: {text[:200]}")
     return Failure(status="error", reason=f"'{arm}' raised {name}: {text}")

@@ -24,10 +24,10 @@ import msgspec
 
 from assay import audit, gate, plan, plugins
 from assay.contracts import Case, Options, System, Trial, Variant, Workload
-from assay.errors import AssayError, Unavailable, UsageError
+from assay.errors import AssayError, Unavailable, WorkerError
 from assay.measure import clock, device, environment, memory, saved, timeline, validity
 from assay.measure.loop import Sampler
-from assay.measure.record import Cold, Figure, Memory, Scalar
+from assay.measure.record import Cold, Figure, Memory, Scalar, Status
 from assay.oracle import STAGES, OracleMaker, at, captured, load_answers, probe_figures, state_path
 from assay.wire import (
     Build,
@@ -191,7 +191,8 @@ class Runner:
         self._system = system
         differing = [f for f in self._load_weights(system, self.case.dtype) if not f.passed]
         if differing:
-            raise UsageError(f"the weights of '{self.arm.name}' are not shared", got=differing[0].note)
+            reason = f"the weights of '{self.arm.name}' are not shared: {differing[0].note}"
+            raise WorkerError(Status.GATE_FAILED, reason)
         trial = self.workload.prepare(system, self.case)
         self._trial, built = trial, time.perf_counter()
         ticker = self._make_clock(self.case.device)
