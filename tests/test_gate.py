@@ -262,16 +262,16 @@ def test_reference_as_wrong_as_zeros_bounds_nothing() -> None:
 @pytest.mark.parametrize("late", [0, 1, 2, 7])
 def test_answer_that_is_the_one_before_is_confused_with_it_wherever_it_comes(late: int) -> None:
     questions = [gate.sampled({"logits": values(8, 8, seed=n), "tokens": torch.ones(3)}) for n in (1, 2)]
-    answers = [questions[n % 2] * (1 + 1e-3 * n) for n in range(8)]
+    answers = [(n % 2, questions[n % 2] * (1 + 1e-3 * n)) for n in range(8)]
     assert not gate.confused(answers)
-    answers[late] = questions[1 - late % 2]
+    answers[late] = late % 2, questions[1 - late % 2]
     assert gate.confused(answers)
 
 
 def test_answers_that_can_hardly_be_told_apart_are_never_confused() -> None:
-    assert not gate.confused([torch.ones(3) * (1 + 1e-5 * n) for n in (0, 1, 5, 2)])
-    assert not gate.confused([torch.ones(3)] * 4)
-    assert not gate.confused([torch.ones(2 + n) for n in range(4)])  # of other lengths from call to call
+    assert not gate.confused([(n % 2, torch.ones(3) * (1 + 1e-5 * n)) for n in (0, 1, 5, 2)])
+    assert not gate.confused([(n % 2, torch.ones(3)) for n in range(4)])
+    assert not gate.confused([(n % 2, torch.ones(2 + n)) for n in range(4)])  # of other lengths each call
     assert gate.sampled({"tokens": torch.arange(3)}).numel() == 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from assay import audit, plugins, worker
+from assay import plugins, worker
 from assay.contracts import Case, Claim, Options, Variant
 from assay.errors import Unavailable, UsageError
 from assay.measure.record import Arm, Record, Status
@@ -443,28 +443,6 @@ def test_graph_that_is_compiled_while_timed_voids_the_samples(monkeypatch: pytes
     done = ask(mine, Finish(profile=False))
     assert isinstance(done, Finished)
     assert done.void.startswith("1 compilation(s) inside the timed region")
-
-
-def test_kernel_times_are_cut_at_the_ends_of_phases() -> None:
-    """A kernel of 4 us and a copy of 1 in forward, one of 3 in backward; annotations do not count."""
-    device, host = SimpleNamespace(name="CUDA"), SimpleNamespace(name="CPU")
-
-    def event(name: str, start: float, end: float, kind: object, note: bool = False) -> SimpleNamespace:
-        span = SimpleNamespace(start=start, end=end)
-        return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=note)
-
-    events = [
-        event("aten::mm", 0, 3, host),
-        event("gemm", 4, 8, device),
-        event("Memcpy DtoD", 9, 10, device),
-        event("assay.end_of.backward", 40, 41, host),
-        event("assay.end_of.forward", 20, 21, host),
-        event("assay.end_of.forward", 4, 21, device, note=True),
-        event("step", 4, 33, device, note=True),
-        event("gemm", 30, 33, device),
-    ]
-    assert audit.kernel_times_ns(events) == {"step": 8000.0, "forward": 5000.0, "backward": 3000.0}
-    assert audit.kernel_times_ns([events[0]]) == {}
 
 
 def test_opening_resolves_names_before_anything_is_built() -> None:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["confused", "kernel_times_ns", "operators", "remembered"]
 
 PHASE_END = "assay.end_of."  # names the events of a profile that end its phases
-TURNS, TURNS_S = 8, 5.0  # answers asked for in a row, at least four: to repeat fewer would gain an eighth
+# Asked in a row: for 5 s and at least the first four. Whoever repeats every second, third or fourth answer,
+# from wherever on, gives one question the answer to the other; the first four find every second.
+QUESTIONS, TURNS_S = (3, 4, 4, 3, 3, 4, 3, 4), 5.0  # the gate asks 1 and 2
 
 
 def operators(trial: Trial, device: str) -> tuple[Mapping[str, int], str, dict[str, float]]:
@@ -73,9 +75,9 @@ def remembered(
     """Why the samples `steps_ns` are void: on inputs that it has never seen the same step takes far longer.
 
     `fresh` makes a trial with inputs of another seed, so many on from the case's; `one_input` where all its
-    steps have the same. A suspicion is asked three times, each beside a step on inputs that were seen, and
-    the quickest of either kind are compared: a machine that stalls slows some steps, one that throttles
-    slows both kinds.
+    steps have the same. A suspicion is asked three times, each beside a step as it was timed, and the
+    quickest of either kind are compared: a machine that stalls slows some steps, one that throttles slows
+    both kinds.
     """
     if not steps_ns:
         return None
@@ -97,19 +99,16 @@ def remembered(
 
 
 def confused(trial: Trial, agreed: Callable[[bool], bool]) -> str | None:
-    """Why the samples are void: asked two questions in turn, it gave one the answer to the other.
+    """Why the samples are void: asked two questions by turns, it gave one the answer to the other.
 
     An arm that answers afresh only now and then may be lucky when the gate asks. `agreed` makes ranks that
     answer together decide together.
     """
-    import torch
-
     end = time.monotonic() + TURNS_S
-    answers: list[Tensor] = []
-    try:
-        while len(answers) < TURNS and not agreed(len(answers) > 3 and time.monotonic() > end):
-            trial.reset()
-            answers.append(gate.sampled(trial.outputs(3 + len(answers) % 2)))  # the gate asks 1 and 2
-    except torch.OutOfMemoryError:  # where the gate asks for less, there may be no room for an answer
-        return None
+    answers: list[tuple[int, Tensor]] = []
+    for question in QUESTIONS:
+        if agreed(len(answers) > 3 and time.monotonic() > end):
+            break
+        trial.reset()
+        answers.append((question, gate.sampled(trial.outputs(question))))
     return validity.CONFUSED if agreed(gate.confused(answers)) else None

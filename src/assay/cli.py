@@ -2,7 +2,7 @@
 
 Exit codes: 0 measured and every threshold asked for held; 1 a threshold failed; 2 a gate or proof failed, or
 samples are implausible or invalid; 3 nothing could be measured on this machine; 4 bad usage; 5 `unknown`
-where a threshold was asked for; 130 stopped by Ctrl-C.
+where a threshold was asked for; 130 stopped by Ctrl-C; 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -460,7 +460,11 @@ class _Terminated(BaseException):
 
 
 def _terminated(number: int, frame: object) -> None:
-    del number, frame
+    from assay import channel
+
+    del frame
+    signal.signal(number, signal.SIG_IGN)  # a second one would cut short what cleans up
+    channel.LEAVE_S = 0.0  # whoever sent it waits for ten seconds, or less
     raise _Terminated
 
 

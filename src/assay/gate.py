@@ -398,19 +398,18 @@ def sampled(outputs: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-def confused(answers: Sequence[Tensor]) -> bool:
-    """Whether two of these samples, of answers to two questions in turn, differ that are to the same one.
+def confused(answers: Sequence[tuple[int, Tensor]]) -> bool:
+    """Whether two of these samples of answers differ that are to the same question, of two.
 
     Rounding never takes an answer half the way to the other's, unless the two can hardly be told apart.
     """
-    if len({a.shape for a in answers}) > 1:
+    if len({answer.shape for _, answer in answers}) > 1:
         return False
     farthest = {True: 0.0, False: 0.0}  # by whether both are to the same question
-    for (m, a), (n, b) in combinations(enumerate(answers), 2):
-        same = (m - n) % 2 == 0
-        farthest[same] = max(farthest[same], float((a - b).norm()))
+    for (m, a), (n, b) in combinations(answers, 2):
+        farthest[m == n] = max(farthest[m == n], float((a - b).norm()))
     apart = farthest[False]
-    return apart > TELLING * float(answers[0].norm()) and farthest[True] > apart / 2
+    return apart > TELLING * float(answers[0][1].norm()) and farthest[True] > apart / 2
 
 
 def first_departing(layers: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> str:

@@ -19,8 +19,22 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "deterministic algorithms": lambda: torch.use_deterministic_algorithms(True),
     "float32 precision": lambda: torch.set_float32_matmul_precision("medium"),
     "anomaly detection": lambda: torch.set_anomaly_enabled(True),
+    "autocast on CUDA": lambda: torch.set_autocast_enabled("cuda", True),
     "autocast on the CPU": lambda: torch.set_autocast_enabled("cpu", True),
+    "the default device": lambda: torch.set_default_device("meta"),
+    "flash attention": lambda: torch.backends.cuda.enable_flash_sdp(False),
+    "memory-efficient attention": lambda: torch.backends.cuda.enable_mem_efficient_sdp(False),
+    "cuDNN's attention": lambda: torch.backends.cuda.enable_cudnn_sdp(False),
+    "plain attention": lambda: torch.backends.cuda.enable_math_sdp(False),
+    "reduced precision of bfloat16": lambda: setattr(
+        torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
+    ),
+    "reduced precision of float16": lambda: setattr(
+        torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False
+    ),
     "cudnn.benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", True),
+    "cudnn.deterministic": lambda: setattr(torch.backends.cudnn, "deterministic", True),
+    "cudnn.enabled": lambda: setattr(torch.backends.cudnn, "enabled", False),
 }
 
 
@@ -44,6 +58,7 @@ class Watching:
 @pytest.mark.parametrize("name", CHANGES)
 def test_switch_that_an_arm_changes_is_changed_for_that_arm_alone(name: str) -> None:
     before = settings.current()
+    assert before.keys() == CHANGES.keys()
     changing, other = Watching(CHANGES[name]), Watching()
     channels = InlineChannel(changing), InlineChannel(other)
     for _ in range(3):
@@ -66,3 +81,20 @@ def test_switches_are_put_back_where_an_arm_is_interrupted() -> None:
     with pytest.raises(KeyboardInterrupt):
         InlineChannel(Watching(interrupt)).send(Sample())
     assert settings.current() == before
+
+
+def test_float32_precision_may_be_chosen_by_backend() -> None:
+    """torch refuses the one word for all once somebody has."""
+    before, matmul = settings.current(), torch.backends.cuda.matmul
+
+    def choose() -> None:
+        matmul.fp32_precision = "tf32"
+
+    arm, other = Watching(choose), Watching()
+    channels = InlineChannel(arm), InlineChannel(other)
+    for _ in range(2):
+        for channel in channels:
+            channel.send(Sample())
+    assert settings.current() == before
+    assert other.found == [before] * 2
+    assert arm.found[1]["float32 precision"][0] == "tf32"

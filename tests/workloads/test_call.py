@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from assay.errors import UsageError
+from assay.errors import UsageError, WorkerError
 from assay.measure.record import Case
 from assay.workloads._functions import flatten
 from assay.workloads.call import WORKLOAD
@@ -109,6 +109,6 @@ def test_values_that_do_not_fit_the_timed_tensors_are_given_as_they_are(make: An
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, that this layout is a prototype
 def test_answer_that_may_be_worked_out_later_is_refused() -> None:
     later = torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
-    with pytest.raises(UsageError, match="plain torch\\.Tensor; got NestedTensor"):
+    with pytest.raises(WorkerError, match="plain torch\\.Tensor; got NestedTensor"):
         flatten((later,))
     assert list(flatten(torch.nn.Parameter(torch.ones(1)))) == ["output:0"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from assay import plugins
 from assay.contracts import Case, LanguageModel
 from assay.gate import judge_outputs
-from assay.workloads._language import Inputs
+from assay.workloads._language import Inputs, sequences
 from tests.sessions import SIZES
 
 STREAM = 1
@@ -113,10 +113,15 @@ def test_every_sample_has_new_inputs_in_the_tensors_that_the_gate_uses_too(
     eager: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     trial: Any = plugins.find("workloads", name).prepare(eager, case(name))
-    held = trial._inputs._held
-    before = [ids.tolist() for ids in held]
-    trial.reset()
-    assert not [ids for ids in held if ids.tolist() in before]
+    inputs, held, seen = trial._inputs, trial._inputs._held[:], set[tuple[int, ...]]()
+    for steps in (1, 1, 3, 4, 9, 1):
+        trial.reset()
+        used = [next(inputs) for _ in range(steps)]
+        assert {id(ids) for ids in used} <= {id(ids) for ids in held}
+        now = {tuple(ids.flatten().tolist()) for ids in used}
+        assert len(now) == min(steps, len(held))
+        assert not now & seen
+        seen |= now
     drawn: list[Tensor] = []
     monkeypatch.setattr(Inputs, "holding", lambda self, ids: drawn.append(held[0].copy_(ids)) or drawn[-1])
     assert "input:ids" not in trial.outputs(STREAM)
@@ -160,3 +165,18 @@ def test_every_parameter_says_what_it_is(name: str) -> None:
     )
     assert workload.summary
     assert set(workload.probes) == ({"causality", "position"} if name != "call" else set())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # a prototype, says torch
+def test_inputs_are_renewed_without_a_wait_for_the_device() -> None:
+    cuda = Case(workload="infer", params={"batch_size": 2, "seq_length": 64}, device="cuda")
+    inputs = Inputs(cuda, lambda case, stream: sequences(case, 96, stream))
+    used = [next(inputs) for _ in range(4)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inputs.renew()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for n, ids_BT in enumerate(used):
+        assert torch.equal(ids_BT, sequences(cuda, 96, 104 + n))

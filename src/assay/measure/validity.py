@@ -86,7 +86,7 @@ def remembered_reason(step_ns: Sequence[float], unseen_ns: float) -> str | None:
 
 
 CONFUSED = (
-    "asked two questions in turn, it gave one the answer to the other: the samples time a memory of answers"
+    "asked two questions by turns, it gave one the answer to the other: the samples time a memory of answers"
 )
 
 

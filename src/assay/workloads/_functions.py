@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from assay.errors import UsageError
+from assay.errors import UsageError, WorkerError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,15 +44,14 @@ def flatten(value: Any, path: str = "") -> dict[str, Tensor]:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor itself. Raises UsageError for one of another class, which may compute when it is read."""
+    """The tensor itself. One of another class, which may compute when it is read, fails the gate."""
     import torch
 
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        raise UsageError(
-            "an answer may be worked out after the clock has stopped",
-            expected="a plain torch.Tensor",
-            got=type(tensor).__name__,
-            remedy="make it one inside what is timed",
+        raise WorkerError(
+            "gate_failed",
+            f"an answer may be worked out after the clock has stopped; expected a plain torch.Tensor; "
+            f"got {type(tensor).__name__}; make it one inside what is timed",
         )
     return tensor
 
@@ -93,7 +92,7 @@ def given(arguments: Any, values: Any) -> Iterator[Any]:
     if mine.keys() != others.keys() or not all(_fits(t, others[path]) for path, t in mine.items()):
         yield values
         return
-    kept = {path: t.detach().clone() for path, t in mine.items()}
+    kept = {path: t.detach().to("cpu", copy=True) for path, t in mine.items()}  # the device may be full
     held = {id(t): mine[path] for path, t in others.items()}
     _copy(mine, others)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import count, cycle
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,16 +45,20 @@ class Inputs:
     def __init__(self, case: Case, draw: Callable[[Case, int], Tensor]) -> None:
         self._on_host, self._draw, self._streams = replace(case, device="cpu"), draw, count(100)
         self._held = [draw(case, next(self._streams)) for _ in range(ROTATED_INPUTS)]
-        self._turn = cycle(self._held)
+        self._used = 0  # tensors in turn since they were new
 
     def renew(self) -> None:
-        """Other ids in every tensor, without a wait for the device."""
-        for ids_BT in self._held:
+        """Other ids in every tensor that was used, without a wait for the device."""
+        for ids_BT in self._held[: self._used]:
             drawn_BT = self._draw(self._on_host, next(self._streams))
             ids_BT.copy_(drawn_BT.pin_memory() if ids_BT.is_cuda else drawn_BT, non_blocking=True)
+        used = self._held[: self._used]
+        self._held, self._used = self._held[self._used :] + used, 0
 
     def __next__(self) -> Tensor:
-        return next(self._turn)
+        found = self._held[self._used % ROTATED_INPUTS]
+        self._used += 1
+        return found
 
     def holding(self, values_BT: Tensor) -> Tensor:
         """The next tensor, with those values."""

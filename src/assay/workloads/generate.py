@@ -68,7 +68,7 @@ class GenerateTrial:
             prompt_BT = self._inputs.holding(ids_BT[:, :prompt])
             logits = [plain(self._decoding.prefill(prompt_BT)[0]).clone()]
             for t in range(prompt, prompt + output - 1):
-                logits.append(self._decoding.advance(ids_BT[:, t : t + 1])[0].clone())  # noqa: PERF401 (order)
+                logits.append(plain(self._decoding.advance(ids_BT[:, t : t + 1])[0]).clone())  # noqa: PERF401 (order)
             found: dict[str, Tensor] = {"logits": self._torch.stack(logits, dim=1)}
             if self._case.dtype in ("fp32", "fp64"):
                 tokens_BN = self._tokens_BN[:, :GREEDY_STEPS].clone()

@@ -72,8 +72,16 @@ class OpTrial:
         if self._case.params["direction"] == "backward":  # the graph that is held keeps the timed values
             return _outcome(fresh, _call(self._system.function, fresh, self._case))
         with given(self._arguments, fresh) as arguments:
-            call = _call(self._system.function, arguments, self._case)
-            return _outcome(arguments, self._call if self._system.replays else call)
+            if not self._system.replays:
+                return _outcome(arguments, _call(self._system.function, arguments, self._case))
+            held = tensors(self._arguments)
+            if any(t is not held[path] for path, t in tensors(arguments).items()):
+                raise UsageError(
+                    "a graph cannot be asked about other inputs",
+                    expected="the same shapes from every seed, and memory of its own for every entry",
+                    remedy="use params.timing=call",
+                )
+            return _outcome(arguments, self._call)
 
     def proof(self) -> Mapping[str, Scalar]:
         """The system's own counters."""

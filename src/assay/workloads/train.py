@@ -45,10 +45,12 @@ class TrainTrial:
         """`loss` and `grad:<name>` of every parameter that has one."""
         before_BT = sequences(self._case, self._system.vocab_size, seed)
         ids_BT = self._inputs.holding(before_BT)
-        loss = plain(self._system.loss(ids_BT))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        grads = {f"grad:{n}": plain(g) for n, g in self._system.gradients().items() if g is not None}
-        self._system.zero_grad()
+        try:
+            loss = plain(self._system.loss(ids_BT))
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            grads = {f"grad:{n}": plain(g) for n, g in self._system.gradients().items() if g is not None}
+        finally:  # also where memory ends half way: what is there would be added to
+            self._system.zero_grad()
         return {"loss": loss.detach(), **grads, **changed(ids_BT, before_BT)}
 
     def proof(self) -> Mapping[str, Scalar]:

@@ -47,7 +47,7 @@ def test_every_element_is_within_its_bound(
 
 
 def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(5 * BLOCK + 3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5 * BLOCK + 3, generator=torch.Generator().manual_seed(0)).half()
     whole = _through(x)
     monkeypatch.setattr("assay.systems.offload.fp8._PIECE", 2 * BLOCK)
     assert torch.equal(_through(x), whole)
@@ -65,9 +65,9 @@ def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype, bad: float) -> Non
 
 
 def test_zeros_and_the_largest_come_back() -> None:
-    for value in (0.0, 448.0, torch.finfo(torch.float32).max):
-        x = torch.full((BLOCK,), value)
-        torch.testing.assert_close(_through(x), x, rtol=1e-6, atol=0)
+    for value in (0.0, 448.0, torch.finfo(torch.bfloat16).max):
+        x = torch.full((BLOCK,), value, dtype=torch.bfloat16)
+        assert torch.equal(_through(x), x)
 
 
 # ---- offloaded -------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def _step(model: nn.Module, x_BC: Tensor, context: AbstractContextManager[Any]) 
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_gradients_are_those_of_the_lossy_form(inflight: int, prefetch: bool) -> None:
     """Late copies at random, and backward twice: what is read is what was sent, whenever it is read."""
-    model, x_BC = mlp(), torch.randn(16, 32)
+    model, x_BC = mlp().bfloat16(), torch.randn(16, 32).bfloat16()
     leaves = list(model.parameters())
 
     def twice(context: AbstractContextManager[Any]) -> Tensor:
@@ -117,12 +117,14 @@ def test_gradients_are_those_of_the_lossy_form(inflight: int, prefetch: bool) ->
         assert device.strays == 0
         moved = offload.statistics
         assert moved.bytes_out > 0
-        assert moved.bytes_spared > 2 * moved.bytes_out  # float32: 512 bytes a block become 132
+        assert (
+            moved.bytes_spared > 0.7 * moved.bytes_out
+        )  # 256 bytes a block become 132; statistics stay wide
     assert offload.pool_in_use_bytes == 0
 
 
 def test_bytes_that_leave_come_back() -> None:
-    model, x_BC = mlp(), torch.randn(16, 32)
+    model, x_BC = mlp().bfloat16(), torch.randn(16, 32).bfloat16()
     offload = make(held=[model, x_BC], lossy="fp8", max_inflight_bytes=4000)
     for _ in range(3):
         _step(model, x_BC, offload).backward()
@@ -132,11 +134,12 @@ def test_bytes_that_leave_come_back() -> None:
 
 
 def test_only_dense_floats_of_one_dtype_lose_anything() -> None:
-    base = torch.randn(64, 64)
+    base = torch.randn(64, 64).bfloat16()
     saved = {
         "dense": base.clone(),
         "transposed": base.clone().t(),
-        "bfloat16": base.bfloat16(),
+        "half": base.half(),
+        "single": base.float(),
         "double": base.double(),
         "integers": torch.arange(4096),
         "every other column": base.clone()[:, ::2],
@@ -144,7 +147,7 @@ def test_only_dense_floats_of_one_dtype_lose_anything() -> None:
         "most": torch.cat([base, base])[:100],
     }
     both = base.clone()  # as floats, and once they are sent as the bits of them
-    saved |= {"floats": both, "bits": both.view(torch.int32)}
+    saved |= {"floats": both, "bits": both.view(torch.int16)}
     before = {name: t.clone() for name, t in saved.items()}
 
     class Keep(torch.autograd.Function):
@@ -166,32 +169,32 @@ def test_only_dense_floats_of_one_dtype_lose_anything() -> None:
         del both
     y.backward()
     lossy = {name for name, t in got.items() if not torch.equal(t, before[name])}
-    assert lossy == {"dense", "transposed", "bfloat16", "less than half", "floats"}
+    assert lossy == {"dense", "transposed", "half", "less than half", "floats"}
     for name in lossy:
         torch.testing.assert_close(got[name], before[name], rtol=0.07, atol=1e-5)
 
 
 def test_budget_counts_the_smaller_form() -> None:
     """What has no place stays, exact."""
-    x = torch.randn(64, 64, requires_grad=True)
-    kept = make(lossy="fp8", max_inflight_bytes=0, budget_bytes=4096)
+    x = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True)
+    kept = make(lossy="fp8", max_inflight_bytes=0, budget_bytes=16384)
     with kept:
         x.exp().sum().backward()
     assert kept.statistics.bytes_out == 0
     assert x.grad is not None
     assert torch.equal(x.grad, x.detach().exp())
-    fits = make(lossy="fp8", max_inflight_bytes=0, budget_bytes=8192)  # 16 KiB of floats
+    fits = make(lossy="fp8", max_inflight_bytes=0, budget_bytes=20480)  # 32 KiB as they are
     with fits:
         x.exp().sum().backward()
-    assert fits.statistics.bytes_out == 32 * (BLOCK + 4)
+    assert fits.statistics.bytes_out == 128 * (BLOCK + 4)
 
 
 def test_model_still_learns() -> None:
     def losses(lossy: str | None) -> list[float]:
-        model, draw = mlp(), torch.Generator().manual_seed(0)
+        model, draw = mlp().bfloat16(), torch.Generator().manual_seed(0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         offload = make(held=[model], lossy=lossy, max_inflight_bytes=4096)
-        x_BC, y_BC = torch.randn(2, 64, 32, generator=draw)
+        x_BC, y_BC = torch.randn(2, 64, 32, generator=draw).bfloat16()
         found = []
         for _ in range(25):
             with offload:
@@ -224,7 +227,8 @@ def test_what_cannot_be_asked_for(options: dict[str, Any], said: str) -> None:
 
 
 def _errors(offload: Offloader, *, spoiled: bool = False) -> dict[str, float]:
-    model, x_BC = mlp(), torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    model = mlp().bfloat16()
+    x_BC = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
 
     def step() -> Tensor:
         loss: Tensor = model(x_BC).square().sum()
@@ -260,12 +264,13 @@ def test_lossy_form_on_cuda_is_that_of_the_host() -> None:
 
 @pytest.mark.gpu
 def test_gradients_on_cuda_are_those_of_the_lossy_form() -> None:
-    model, x_BC = mlp(512, 6).cuda(), torch.randn(8192, 512, device="cuda")
+    model = mlp(512, 6).cuda().bfloat16()
+    x_BC = torch.randn(8192, 512, device="cuda").bfloat16()
     leaves = list(model.parameters())
     want = gradients(lambda: _step(model, x_BC, _Simulated(model)), leaves)
     offload = offload_activations(model, device="cuda", lossy="fp8", max_inflight_bytes=2**24)
     for _ in range(3):
         got = gradients(lambda: _step(model, x_BC, offload), leaves)
-    assert offload.statistics.bytes_spared > offload.statistics.bytes_out
+    assert offload.statistics.bytes_spared > 0.7 * offload.statistics.bytes_out
     errors = [float((g - w).norm() / w.norm().clamp(min=1e-6)) for g, w in zip(got, want, strict=True)]
     assert max(errors) < 0.1

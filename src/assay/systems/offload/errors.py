@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -18,23 +18,27 @@ def gradient_errors(step: Callable[[], Tensor], module: nn.Module, offload: Offl
     `step` gives a loss, from the same inputs and random numbers each time; its backward is run here. NaN
     where a gradient is not finite; 1 where it is zero without and not with. All are None afterwards.
     """
-    exact = _gradients(step, module, contextlib.nullcontext())
-    _gradients(step, module, offload)  # the first step of an offloader moves more than those that follow
-    lossy = _gradients(step, module, offload)
+    _differentiate(step, module, contextlib.nullcontext())
+    exact = {name: gradient.cpu() for name, gradient in _gradients(module)}
+    for _ in range(2):  # the first step of an offloader moves more than those that follow
+        _differentiate(step, module, offload)
     errors = {}
-    for name, gradient in exact.items():
-        distance, norm = float((lossy[name] - gradient).norm()), float(gradient.norm())
+    for name, gradient in _gradients(module):
+        wanted = exact[name].double()
+        distance, norm = float((gradient.cpu().double() - wanted).norm()), float(wanted.norm())
         errors[name] = distance / norm if norm else float(distance != 0)
+    module.zero_grad(set_to_none=True)
     return errors
 
 
-def _gradients(
+def _differentiate(
     step: Callable[[], Tensor], module: nn.Module, context: contextlib.AbstractContextManager[object]
-) -> dict[str, Tensor]:
+) -> None:
     module.zero_grad(set_to_none=True)
     with context:
         loss = step()
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    found = {n: p.grad.double() for n, p in module.named_parameters() if p.grad is not None}
-    module.zero_grad(set_to_none=True)
-    return found
+
+
+def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p.grad) for name, p in module.named_parameters() if p.grad is not None)

@@ -1,4 +1,7 @@
-"""Block-scaled FP8: a lossy form in which an activation takes half the bytes of bfloat16 on its way.
+"""Block-scaled FP8: a lossy form in which an activation of 16 bits takes half the bytes on its way.
+
+Not those of 32 bits: where a model computes in 16, these are its statistics, such as the log of a softmax's
+sum, and are exponentiated again.
 
 Every 128 elements share a float32 scale: their largest magnitude over that of the format, 448 for e4m3. So
 each is off by at most a sixteenth of itself or, near zero, 2.2e-6 of the largest (half a step, 2^-10 of the
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 __all__ = ["DTYPES", "decode", "encode", "encoded_bytes"]
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16)
 BLOCK = 128
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max

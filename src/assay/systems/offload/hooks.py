@@ -75,9 +75,9 @@ def offload_activations(
     policy: asked once for each storage that passes all the rest; false means that it stays.
     target_mib: activations on a device peak at this, and what leaves is chosen so that compute waits least.
         All leaves in the first two steps, of which the second is watched; steps have to be alike.
-    lossy: "fp8" sends bfloat16, float16 and float32 as block-scaled FP8 (fp8.py): half or a quarter of the
-        bytes, and gradients that are not exact: see gradient_errors. What stays, or is of another dtype, or
-        saved as a view with gaps, is exact. Not together with target_mib.
+    lossy: "fp8" sends bfloat16 and float16 as block-scaled FP8 (fp8.py): half the bytes, and gradients that
+        are not exact: see gradient_errors. What stays, or is of another dtype, or saved as a view with gaps,
+        is exact. Not together with target_mib.
 
     Raises UsageError for an option that cannot be, Unavailable where there is no such device or the budget is
     more than the host's memory. A target that cannot be reached is a UsageError when the third step begins.
