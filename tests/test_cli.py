@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from assay import cli, config, session
+from assay import channel, cli, config, session
 from assay.measure import device
 from assay.measure.record import Record
 from assay.measure.store import read_records
@@ -477,3 +477,16 @@ def test_results_have_the_originals_keys(run: Run, tmp_path: Path) -> None:
         "latency_reduction_percent",
         "first_token_speedup",
     }
+
+
+def test_second_sigterm_does_not_cut_short_what_the_first_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And workers are not waited for."""
+    monkeypatch.setattr(channel, "LEAVE_S", channel.LEAVE_S)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(cli._Terminated):
+            cli._terminated(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert channel.LEAVE_S == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
