@@ -25,6 +25,7 @@ from assay.wire import (
     Build,
     Built,
     Failure,
+    Finish,
     Finished,
     Gated,
     MeasureMemory,
@@ -270,6 +271,8 @@ def test_ranks_answer_as_one_and_end_with_the_channel(start: Start, monkeypatch:
     channel.send(Warm(floor=1))
     channel.receive()
     assert ask(channel, Sample(), Sampled).timing.step_ns > 0
+    done = ask(channel, Finish(profile=True), Finished)
+    assert (done.void, bool(done.operators)) == ("", True), "the questions after the samples, on both"
     ranks = ranks_of(channel._process.pid)
     assert len(ranks) == 2
     channel.close()
