@@ -430,6 +430,31 @@ def test_exception_in_a_sample_is_a_reply_and_the_runner_lives_on() -> None:
     assert done.proof == {"calls": 1}
 
 
+def test_counters_are_those_of_the_timed_steps_and_not_of_the_questions_after_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = [0]
+    mine = runner([], [])
+    monkeypatch.setattr(mine.workload, "functions", (), raising=False)
+    monkeypatch.setattr(Steps, "step", lambda _self, _mark: steps.append(0))
+    monkeypatch.setattr(Steps, "proof", lambda _self: {"steps": len(steps)})
+    ask(mine, Build())
+    ask(mine, Warm(floor=1))
+    ask(mine, Sample())
+    timed = len(steps)
+
+    def question(_trial: Any, _agreed: Any) -> None:
+        steps.append(0)
+        raise MemoryError("no room for an answer")
+
+    monkeypatch.setattr(worker.audit, "remembered", lambda *_, **__: None)
+    monkeypatch.setattr(worker.audit, "confused", question)
+    done = ask(mine, Finish(profile=True))
+    assert isinstance(done, Finished)
+    assert len(steps) == timed + 1
+    assert (done.void, done.proof) == ("", {"steps": timed, "questions_not_asked": "out of memory"})
+
+
 def test_graph_that_is_compiled_while_timed_voids_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, graphs = runner([], []), [3]
     monkeypatch.setattr(worker, "compiled_graphs", lambda: graphs[0])

@@ -281,8 +281,6 @@ class Runner:
     def finish(self, *, profile: bool) -> Finished:
         """After the last sample: recompiles, counters, claims, telemetry."""
         void = validity.recompile_reason(self._graphs, compiled_graphs())
-        if profile and not self._agreed(bool(void)):
-            void = self._from_memory()
         seen = environment.capture(self.case.device)
         telemetry = environment.around(self._before, seen.telemetry)
         counters: dict[str, Scalar] = dict(self._timed().proof())
@@ -290,6 +288,8 @@ class Runner:
         if profile and (self.workload.functions or not self.variant.opaque):
             counts, operators, kernel_ns = audit.operators(self._timed(), self.case.device)
             counters |= {f"ops.{name}": count for name, count in counts.items()}
+        if profile and not self._agreed(bool(void)):  # what it runs is in no counter of the timed steps
+            void = self._from_memory(counters)
         claims = [
             c
             for c in self.variant.claims(self.case, self._options())
@@ -306,8 +306,8 @@ class Runner:
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
         )
 
-    def _from_memory(self) -> str | None:
-        """Why the samples are void: it did not work out what it answered."""
+    def _from_memory(self, counters: dict[str, Scalar]) -> str | None:
+        """Why the samples are void: it did not work out what it answered. Counts what could not be asked."""
 
         def fresh(more: int) -> Trial:
             return self.workload.prepare(self._system, at_seed(self.case, more))
@@ -324,6 +324,7 @@ class Runner:
             # where the gate asks for less, there may be no room for an answer; of ranks all end with the one
             if self.arm.nproc > 1 or as_failure(e, self.arm.name).status != "out_of_memory":
                 raise
+            counters["questions_not_asked"] = "out of memory"
             return None
 
     # -- helpers ----------------------------------------------------------------------------------

@@ -65,11 +65,6 @@ class Inputs:
         return next(self).copy_(values_BT)
 
 
-def changed(ids_BT: Tensor, before_BT: Tensor) -> dict[str, Tensor]:
-    """`input:ids` where an arm has written into the ids that it was given."""
-    return {} if bool((ids_BT == before_BT).all()) else {"input:ids": ids_BT.clone()}
-
-
 def smaller_sequences(case: Case) -> Case | None:
     """Shorter sequences first, then fewer, never less than 2 x 32."""
     return halve(case, {"seq_length": 32, "batch_size": 2})

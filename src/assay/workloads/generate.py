@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from assay.contracts import Case, LanguageModel, Mark, Option, Scalar, Work
-from assay.workloads._functions import plain
-from assay.workloads._language import PROBES, SHAPE, Inputs, changed, halve, token_ids, whole
+from assay.workloads._functions import overwritten, plain
+from assay.workloads._language import PROBES, SHAPE, Inputs, halve, token_ids, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class GenerateTrial:
                 tokens_BN = self._tokens_BN[:, :GREEDY_STEPS].clone()
                 self._generate(prompt_BT, tokens_BN, lambda _: None)
                 found["tokens"] = tokens_BN
-        return found | changed(prompt_BT, ids_BT[:, :prompt])
+        return found | overwritten({"ids": prompt_BT}, {"ids": ids_BT[:, :prompt]})
 
     def proof(self) -> Mapping[str, Scalar]:
         """The system's own counters."""

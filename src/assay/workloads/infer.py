@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from assay.contracts import Case, LanguageModel, Mark, Option, Scalar, Work
-from assay.workloads._functions import plain
-from assay.workloads._language import PROBES, SHAPE, Inputs, changed, sequences, smaller_sequences
+from assay.workloads._functions import overwritten, plain
+from assay.workloads._language import PROBES, SHAPE, Inputs, sequences, smaller_sequences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class InferTrial:
         ids_BT = self._inputs.holding(before_BT)
         with self._no_grad():
             logits_BTV = plain(self._system.forward(ids_BT)).clone()
-        return {"logits": logits_BTV, **changed(ids_BT, before_BT)}
+        return {"logits": logits_BTV, **overwritten({"ids": ids_BT}, {"ids": before_BT})}
 
     def proof(self) -> Mapping[str, Scalar]:
         """The system's own counters."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from assay.contracts import Case, LanguageModel, Mark, Option, Scalar, Work
-from assay.workloads._functions import plain
-from assay.workloads._language import PROBES, SHAPE, Inputs, changed, sequences, smaller_sequences
+from assay.workloads._functions import overwritten, plain
+from assay.workloads._language import PROBES, SHAPE, Inputs, sequences, smaller_sequences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class TrainTrial:
             grads = {f"grad:{n}": plain(g) for n, g in self._system.gradients().items() if g is not None}
         finally:  # also where memory ends half way: what is there would be added to
             self._system.zero_grad()
-        return {"loss": loss.detach(), **grads, **changed(ids_BT, before_BT)}
+        return {"loss": loss.detach(), **grads, **overwritten({"ids": ids_BT}, {"ids": before_BT})}
 
     def proof(self) -> Mapping[str, Scalar]:
         """The system's own counters."""

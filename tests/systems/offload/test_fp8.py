@@ -253,6 +253,20 @@ def test_gradient_errors_hide_no_nan() -> None:
     assert all(error != error for error in _errors(make(), spoiled=True).values())
 
 
+def test_gradient_that_is_gone_under_offloading_is_an_error() -> None:
+    model, calls = mlp(), [0]
+
+    def step() -> Tensor:
+        calls[0] += 1
+        model[0].requires_grad_(calls[0] == 1)
+        loss: Tensor = model(torch.ones(2, 32)).sum()
+        return loss
+
+    errors = gradient_errors(step, model, make())
+    assert errors["0.0.weight"] == 1.0
+    assert errors["1.0.weight"] == 0.0
+
+
 @pytest.mark.gpu
 def test_lossy_form_on_cuda_is_that_of_the_host() -> None:
     x = torch.randn(2**24 + 77, generator=torch.Generator().manual_seed(0))

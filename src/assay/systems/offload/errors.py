@@ -16,19 +16,24 @@ def gradient_errors(step: Callable[[], Tensor], module: nn.Module, offload: Offl
     """Parameter -> relative L2 error of its gradient in a step under `offload`, against one without.
 
     `step` gives a loss, from the same inputs and random numbers each time; its backward is run here. NaN
-    where a gradient is not finite; 1 where it is zero without and not with. All are None afterwards.
+    where a gradient is not finite; 1 where there is none with, or where it is zero without and not with.
+    All are None afterwards.
     """
     _differentiate(step, module, contextlib.nullcontext())
     exact = {name: gradient.cpu() for name, gradient in _gradients(module)}
     for _ in range(2):  # the first step of an offloader moves more than those that follow
         _differentiate(step, module, offload)
-    errors = {}
-    for name, gradient in _gradients(module):
-        wanted = exact[name].double()
-        distance, norm = float((gradient.cpu().double() - wanted).norm()), float(wanted.norm())
-        errors[name] = distance / norm if norm else float(distance != 0)
+    found = dict(_gradients(module))
+    errors = {name: _error(found.get(name), wanted) for name, wanted in exact.items()}
     module.zero_grad(set_to_none=True)
     return errors
+
+
+def _error(gradient: Tensor | None, wanted: Tensor) -> float:
+    if gradient is None:
+        return 1.0
+    distance, norm = float((gradient.cpu().double() - wanted.double()).norm()), float(wanted.double().norm())
+    return distance / norm if norm else float(distance != 0)
 
 
 def _differentiate(
