@@ -239,6 +239,14 @@ def test_gradients_share_the_median_of_the_reference_errors() -> None:
     assert limit == pytest.approx(3 * 0.02)
 
 
+def test_a_gradient_counts_as_off_as_much_as_the_same_one_in_another_block() -> None:
+    """Of rank one, its error is a single draw: the phase-2 model failed its own gate by such a bias."""
+    errors = [("a.bias", 0.001), ("a.bias", 0.02), ("b.bias", 0.01), ("b.bias", 0.01)]
+    reference = {f"grad:blocks.{i}.{name}": error for i, (name, error) in enumerate(errors)}
+    assert precision(0.0, reference, name="grad:blocks.0.a.bias").limit == pytest.approx(3 * 0.02)
+    assert precision(0.0, reference, name="grad:blocks.2.b.bias").limit == pytest.approx(3 * 0.01)
+
+
 def test_reference_without_a_finite_error_excuses_nothing() -> None:
     out, ref = values(2, 2), values(2, 2)
     out[0, 0] = ref[1, 1] = math.inf  # as many as the oracle has, elsewhere

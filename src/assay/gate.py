@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,6 +60,7 @@ GRAD_SHARE = 1e-3  # a gradient is scaled by at least this share of the whole gr
 EXTRA_ZEROS = 0.01  # share of entries that may be exactly zero beyond the oracle's own zeros
 PROBE_LIMIT = 1e-4  # relative, in float32
 
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")  # its number, in the name of a parameter
 _COMPARE = {"==": operator.eq, ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
@@ -190,8 +192,21 @@ def judge_outputs(
             )
         ]
     grad_norm = gradient_norm(oracle) if grad_norm is None else grad_norm
+    limits = {name: MEANING_LIMIT[kind(name)] for name in oracle}
+    if reference is not None:
+        limits = _limits(reference, dtype)
     figures = [
-        _figure(tier, stage, name, outputs.get(name), ref, grad_norm, dtype, reference, spreads=spreads)
+        _figure(
+            tier,
+            stage,
+            name,
+            outputs.get(name),
+            ref,
+            grad_norm,
+            limit=limits[name],
+            ref_error=reference[name] if reference is not None else None,
+            spreads=spreads,
+        )
         for name, ref in oracle.items()
     ]
     extra = [name for name in outputs if name not in oracle and outputs[name] is not None]
@@ -210,15 +225,11 @@ def _figure(
     out: Tensor | None,
     ref: Tensor,
     grad_norm: float,
-    dtype: str,
-    reference: Mapping[str, float] | None,
     *,
+    limit: float,
+    ref_error: float | None,
     spreads: bool,
 ) -> Figure:
-    limit, ref_error = MEANING_LIMIT[kind(name)], None  # of errors; the oracle's own size is 1
-    if reference is not None:
-        ref_error = reference[name]
-        limit = K * max(ref_error, _typical(name, reference), _rounding(name, dtype))
     if out is None:
         note = "missing: the arm gives no such quantity"
         return Figure(tier=tier, stage=stage, quantity=name, error=None, limit=limit, passed=False, note=note)
@@ -275,12 +286,23 @@ def _rounding(name: str, dtype: str) -> float:
     return max(ROUNDING[dtype], LOSS_REDUCTION) if kind(name) == "loss" else ROUNDING[dtype]
 
 
-def _typical(name: str, reference: Mapping[str, float]) -> float:
-    """Median reference error over all gradients: one tensor's luck does not set its own limit."""
-    if kind(name) != "grad":
-        return 0.0
-    errors = sorted(e for n, e in reference.items() if kind(n) == "grad")
-    return errors[len(errors) // 2]
+def _limits(reference: Mapping[str, float], dtype: str) -> dict[str, float]:
+    """K times what the reference may be off by, of every quantity; its own luck does not set a limit.
+
+    A gradient counts as off by at least the median of all, and as the worst of the same parameter's in all
+    blocks: where one has rank one, as that of a bias before a projection to one number, its error is a
+    single draw.
+    """
+    grads = {name: error for name, error in reference.items() if kind(name) == "grad"}
+    median = sorted(grads.values())[len(grads) // 2] if grads else 0.0
+    families: dict[str, float] = {}
+    for name, error in grads.items():
+        alike = _BLOCK.sub("*", name)
+        families[alike] = max(error, families.get(alike, median))
+    return {
+        name: K * max(error, families.get(_BLOCK.sub("*", name), 0.0), _rounding(name, dtype))
+        for name, error in reference.items()
+    }
 
 
 def probe_figure(name: str, departure: float, scale: float, where: str, *, expects_change: bool) -> Figure:

@@ -38,12 +38,17 @@ def test_every_element_is_within_its_bound(
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
     sizes = torch.exp(spread * torch.randn(n, generator=draw)) * 2.0**exponent
-    x = (torch.randn(n, generator=draw) * sizes).clamp(-6e4, 6e4).to(dtype)
-    padded = nn.functional.pad(x.double(), (0, -n % BLOCK)).view(-1, BLOCK)
-    largest = padded.abs().amax(1, keepdim=True).expand_as(padded).reshape(-1)[:n]
-    bound = torch.maximum(x.double().abs() / 16, 2.2e-6 * largest)
-    rounding = x.double().abs() * 2**-7 + torch.finfo(dtype).smallest_normal  # of the dtype itself
-    assert ((_through(x).double() - x.double()).abs() <= bound + rounding).all()
+    assert _within((torch.randn(n, generator=draw) * sizes).clamp(-6e4, 6e4).to(dtype))
+
+
+def _within(x_N: Tensor) -> bool:
+    """Whether what comes back of each element is as near as the form promises."""
+    size_N, n = x_N.double().abs(), len(x_N)
+    padded = nn.functional.pad(size_N, (0, -n % BLOCK)).view(-1, BLOCK)
+    largest_N = padded.amax(1, keepdim=True).expand_as(padded).reshape(-1)[:n]
+    bound_N = torch.maximum(size_N / 16, 2.2e-6 * largest_N)
+    rounding_N = size_N * 2**-7 + torch.finfo(x_N.dtype).smallest_normal  # of the dtype itself
+    return bool(((_through(x_N).double() - x_N.double()).abs() <= bound_N + rounding_N).all())
 
 
 def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,12 +273,11 @@ def test_gradient_that_is_gone_under_offloading_is_an_error() -> None:
 
 
 @pytest.mark.gpu
-def test_lossy_form_on_cuda_is_that_of_the_host() -> None:
+def test_every_element_is_within_its_bound_on_cuda() -> None:
+    """Ties may round another way there than on the host."""
     x = torch.randn(2**24 + 77, generator=torch.Generator().manual_seed(0))
     for dtype in DTYPES:
-        torch.testing.assert_close(
-            _through(x.to(dtype).cuda()).cpu(), _through(x.to(dtype)), rtol=0.07, atol=1e-5
-        )
+        assert _within(x.to(dtype).cuda())
 
 
 @pytest.mark.gpu
