@@ -244,6 +244,42 @@ def test_ctrl_c_ends_the_run_and_the_files_say_so(play: Played, tmp_path: Path) 
     assert json.loads((tmp_path / "doubling.json").read_text()) == [pytest.approx(4.0)]
 
 
+class Terminated(BaseException):
+    """As the command line raises it on a SIGTERM."""
+
+
+def test_what_a_sigterm_breaks_off_is_in_the_files(play: Played, tmp_path: Path) -> None:
+    """Of the case in hand too: its first launch is on disk when the second ends."""
+
+    class TwoLaunches(Doubling):
+        def settings(self, _case: Case, _options: Options) -> Mapping[str, Any]:
+            return {"launches": 2, "benchmark_steps": 8, "warmup_steps": 1}
+
+    def end() -> None:
+        raise Terminated
+
+    one = TwoLaunches()
+    with pytest.raises(Terminated):
+        play(one, observe=lambda _case: Listener(at_block=6, act=end))
+    assert one.told[-1].state == "interrupted"
+    (entry,) = one.told[-1].entries
+    assert [(r.arm.name, r.launch, r.status) for r in entry.records] == [
+        ("eager", 0, "ok"),
+        ("sdpa", 0, "ok"),
+    ]
+    assert json.loads((tmp_path / "doubling.json").read_text()) == [pytest.approx(4.0)]
+
+
+def test_a_sigterm_before_the_first_record_leaves_no_entry(play: Played) -> None:
+    def end() -> None:
+        raise Terminated
+
+    one = Doubling()
+    with pytest.raises(Terminated):
+        play(one, observe=lambda _case: Listener(at_block=1, act=end))
+    assert (one.told[-1].state, list(one.told[-1].entries)) == ("interrupted", [])
+
+
 # KPIs and exit codes
 
 

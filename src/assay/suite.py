@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -25,7 +25,7 @@ from assay.errors import AssayError, StoreError, Unavailable, UsageError, neares
 from assay.journal import now
 from assay.measure.kpi import KPIStatus, judge_kpis
 from assay.measure.record import Arm, Case, Record, digest
-from assay.measure.store import RECORDS, check_writable, write_atomically
+from assay.measure.store import RECORDS, check_writable, latest, read_records, write_atomically
 from assay.observer import NullObserver, Observer
 from assay.plan import check_value, make_plan, resolve_device
 
@@ -60,7 +60,7 @@ def run_suite(
     `observe` makes what is told of each case, `tell` is told of each trial.
 
     Raises UsageError, Unavailable or StoreError before anything is written. A Ctrl-C ends the run, and its
-    files say what was not measured.
+    files say what was not measured; so do they after a SIGTERM, which goes on from here.
     """
     options = resolve(suite, name, given, where)
     place = Path(suite.folder) if folder is None else folder
@@ -69,9 +69,12 @@ def run_suite(
         first = next(plan, None)  # a wrong option is told here, before anything is written
         run = SuiteRun(options=options, started=now(), folder=_records_folder(place, name, options, resume))
         suite.exports(_judged(suite, run), place)
-        run = _measure(suite, plan, first, run, observe, connect, try_, tell, resume=resume)
+        run, ended = _measure(suite, plan, first, run, observe, connect, try_, tell, resume=resume)
     run = _judged(suite, run)
-    return run, suite.exports(run, place)
+    written = suite.exports(run, place)
+    if ended:
+        raise ended
+    return run, written
 
 
 def resolve(suite: Suite, name: str, given: Options, where: str) -> Options:
@@ -120,12 +123,17 @@ def _measure(
     tell: Tell,
     *,
     resume: bool,
-) -> SuiteRun:
-    """Feed the plan with the records of what it yields. A case that comes again is not measured again."""
+) -> tuple[SuiteRun, BaseException | None]:
+    """Feed the plan with the records of what it yields. A case that comes again is not measured again.
+
+    Returns with the run what ended it that is no error and no Ctrl-C: a SIGTERM.
+    """
     entries: list[Entry] = []
     attempts: list[Attempted] = []
     earlier = _earlier(run.folder) if resume else []
     step, stopped = first, False
+    ended: BaseException | None = None
+    begun: tuple[Case, tuple[Arm, ...], Path | None] | None = None
     try:
         while step is not None and not stopped:
             if isinstance(step, Attempt):
@@ -143,15 +151,31 @@ def _measure(
             if entry is None:
                 settings = suite.settings(case, run.options)
                 place = None if run.folder is None else run.folder / _entry_name(case, arms)
+                begun = case, arms, place
                 entry, stopped = measure_entry(
                     case, arms, settings, place, observe(case), resume=resume, connect=connect
                 )
                 entries.append(entry)
+                begun = None
             if not stopped:
                 step = _next(plan, entry.records)
     except KeyboardInterrupt:
         stopped = True
-    return replace(run, entries=entries, attempts=attempts, state="interrupted" if stopped else "ended")
+    except Exception:
+        raise
+    except BaseException as e:
+        stopped, ended = True, e
+        entries += [] if begun is None else _so_far(*begun)
+    state: Literal["ended", "interrupted"] = "interrupted" if stopped else "ended"
+    return replace(run, entries=entries, attempts=attempts, state=state), ended
+
+
+def _so_far(case: Case, arms: tuple[Arm, ...], folder: Path | None) -> list[Entry]:
+    """What a case that was broken off has on disk: an entry, or none without a record."""
+    if folder is None or not (folder / RECORDS).exists():
+        return []
+    records = tuple(latest(read_records(folder)))
+    return [Entry(case=case, arms=arms, records=records)] if records else []
 
 
 def _next(plan: Any, answer: Sequence[Record] | Attempted) -> Step | None:
