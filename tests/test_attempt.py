@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.attempt import attempt
+from assay.attempt import NVML, _imports, _looking_only, attempt
 from assay.contracts import Arm, Attempt, Attempted, Case
 from assay.errors import Unavailable, UsageError
 from assay.measure.record import Status
@@ -131,3 +131,28 @@ def test_an_arm_of_another_interpreter_is_refused() -> None:
     elsewhere = Arm(name="sdpa", target="sdpa", python="/usr/bin/python3")
     with pytest.raises(UsageError, match="cannot be tried"):
         attempt(Attempt(case=question.case, arm=elsewhere, limit_mib=64))
+
+
+# What is imported once, for all trials
+
+
+def test_an_arms_imports_are_known_before_it_is_built() -> None:
+    def ahead(target: str, **options: str) -> list[str]:
+        arm = Arm(name="a", target=target, options=options)
+        return list(_imports(Attempt(case=asked(1).case, arm=arm, limit_mib=None)))
+
+    assert ahead("activations") == ahead("sdpa") == ahead(f"{HERE}:broken") == ahead("nothing") == []
+    assert ahead("activations", base="liger") == ahead("liger") == ["liger_kernel.ops"]
+    assert ahead("activations", base="hf") == ["transformers.models.llama.modeling_llama"]
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_looking_for_devices_leaves_the_environment_as_it_was(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(NVML, raising=False)
+    if before:
+        monkeypatch.setenv(NVML, before)
+    with _looking_only():
+        assert os.environ[NVML] == "1"
+    assert os.environ.get(NVML) == before

@@ -1,8 +1,8 @@
 """Does a step fit? One arm builds, takes two steps under a limit of memory, and its process is thrown away.
 
 Nothing is timed and nothing gated here: what an arm computes is judged where it is measured. Processes are
-forked from one that has imported torch and touched no device, so that each costs milliseconds, not an
-import, and leaves nothing behind, whatever became of it.
+forked from one that has imported torch and what the first arm needs, and touched no device, so that each
+costs milliseconds, not an import, and leaves nothing behind, whatever became of it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import multiprocessing
 import os
 import signal
 import traceback
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 
 import msgspec
 
 from assay import plugins
-from assay.contracts import Attempt, Attempted, Case
-from assay.errors import UsageError
+from assay.contracts import Attempt, Attempted, Case, Variant
+from assay.errors import AssayError, UsageError
 from assay.measure.budget import Budget, budget
 from assay.measure.record import Status
 from assay.wire import Open, as_failure
@@ -26,6 +28,7 @@ from assay.wire import Open, as_failure
 __all__ = ["attempt"]
 
 MIB = 2**20
+NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 # what libraries below torch say when there is no memory left for them
 WANTING = ("out of memory", "ALLOC_FAILED", "bad_alloc", "could not create a primitive")
 
@@ -35,17 +38,30 @@ def attempt(request: Attempt, timeout_s: float = 600) -> Attempted:
     arm = request.arm
     if arm.python or arm.cwd or arm.nproc > 1:
         raise UsageError(f"arm '{arm.name}' cannot be tried for size", expected="no python=, cwd= or nproc=")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["assay.worker", "torch._dynamo"])  # seconds, which most arms would spend
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["assay.worker", "torch._dynamo", *_imports(request)])  # seconds each time
+    found = _attempt(request, timeout_s, forked)
+    return (
+        found
+        or _attempt(request, timeout_s, multiprocessing.get_context("spawn"))
+        or _ended(request, Status.ERROR, "its process cannot use the device")
+    )
+
+
+def _attempt(
+    request: Attempt, timeout_s: float, context: ForkServerContext | SpawnContext
+) -> Attempted | None:
+    """None where the process says that it was forked from one that had started CUDA."""
     source, sink = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(sink, request), daemon=True)
-    process.start()
+    with _looking_only():
+        process.start()
     sink.close()
     try:
         if not source.poll(timeout_s):
             return _ended(request, Status.TIMEOUT, f"no answer within {timeout_s:g} s")
         with contextlib.suppress(EOFError):
-            answer: Attempted = source.recv()
+            answer: Attempted | None = source.recv()
             return answer
         process.join()
         return _died(request, process.exitcode or 0)
@@ -55,6 +71,35 @@ def attempt(request: Attempt, timeout_s: float = 600) -> Attempted:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(process.pid or 0, signal.SIGKILL)
         process.join()  # memory is free when it is gone, not before
+
+
+def _imports(request: Attempt) -> Sequence[str]:
+    """What its arm imports, where that is known before it is built."""
+    target = request.arm.target
+    if plugins.is_target(target):
+        return ()
+    with contextlib.suppress(AssayError):  # the trial itself will say it
+        variant: Variant = plugins.find("variants", target)
+        defaults = {name: option.default for name, option in variant.options.items()}
+        return variant.imports(_whole(request.case), {**defaults, **request.arm.options})
+    return ()
+
+
+@contextlib.contextmanager
+def _looking_only() -> Iterator[None]:
+    """Processes begun here look for devices through the driver's library alone.
+
+    What is imported ahead may ask whether there is a GPU; the other way starts CUDA, which no fork survives.
+    """
+    before = os.environ.get(NVML)
+    os.environ[NVML] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NVML]
+        else:
+            os.environ[NVML] = before
 
 
 def _died(request: Attempt, code: int) -> Attempted:
@@ -78,6 +123,9 @@ def _serve(sink: Connection, request: Attempt) -> None:
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     os.environ.update(request.arm.env)
+    if request.case.device.startswith("cuda") and _poisoned():
+        sink.send(None)
+        os._exit(0)
     counted: Budget | None = None
     try:
         from assay.worker import open_runner
@@ -102,6 +150,13 @@ def _serve(sink: Connection, request: Attempt) -> None:
         answer = _failed(request, e)
     sink.send(answer)
     os._exit(0)  # the answer is all that is wanted: nothing to close in order
+
+
+def _poisoned() -> bool:
+    """Whether an import in the process that this one was forked from has started CUDA after all."""
+    import torch
+
+    return bool(torch.cuda._is_in_bad_fork())
 
 
 def _whole(case: Case) -> Case:

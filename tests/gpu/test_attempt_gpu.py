@@ -1,5 +1,10 @@
 """Trials for size on the device: the allocator keeps the budget, and the device is free afterwards."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +14,7 @@ from assay.measure.record import Status
 
 pytestmark = pytest.mark.gpu
 
+PATHS = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
 OFF = Arm(name="activations[policy=off]", target="activations", options={"policy": "off"})
 
 
@@ -34,3 +40,45 @@ def test_a_budget_on_the_device_is_kept() -> None:
     assert again.fits is True
     assert again.peak_mib == pytest.approx(large.peak_mib, rel=0.01)
     assert torch.cuda.mem_get_info()[0] == pytest.approx(free, rel=0.01)
+
+
+STORY = """
+import sys
+from assay import attempt as module
+from assay.contracts import Arm, Attempt, Case
+
+started, real = [], module._attempt
+
+def watched(request, timeout_s, context):
+    started.append(context.get_start_method())
+    return real(request, timeout_s, context)
+
+if __name__ == "__main__":
+    module._attempt = watched
+    if ahead := sys.argv[2:]:
+        module._imports = lambda _request: ahead
+    params = {"shape": "seed", "batch_size": 1, "seq_length": 128}
+    case = Case(workload="train", params=params, dtype="bf16", device="cuda")
+    options = {"policy": "off", "base": sys.argv[1]}
+    arm = Arm(name="activations", target="activations", options=options)
+    found = module.attempt(Attempt(case=case, arm=arm, limit_mib=None))
+    print(found.status, found.reason, *started)
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "ahead", "started"),
+    [
+        ("sdpa", (), "forkserver"),
+        ("hf-liger", (), "forkserver"),  # what it imports looks for a GPU
+        ("sdpa", ("tests.gpu.starts_cuda",), "forkserver spawn"),
+    ],
+)
+def test_an_import_that_starts_cuda_costs_time_and_not_the_trial(
+    base: str, ahead: tuple[str, ...], started: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "story.py"
+    script.write_text(STORY)
+    command = [sys.executable, str(script), base, *ahead]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATHS})
+    assert run.stdout.split() == ["ok", *started.split()], run.stderr

@@ -94,7 +94,13 @@ def rung(name: str, summary: str, defaults: Mapping[str, Scalar], requires: tupl
         workloads=("train", "infer", "generate"),
         check=check,
         ingredients=lambda case, chosen: ingredients(case, parts(case, chosen)),
+        imports=lambda case, chosen: imports(parts(case, chosen)),
     )
+
+
+def imports(made: Parts) -> Sequence[str]:
+    """Liger's operators, where the recipe has one: they import transformers where peft is installed."""
+    return ("liger_kernel.ops",) if made.needs_liger else ()
 
 
 def oracle(case: Case) -> LanguageModel:

@@ -11,6 +11,7 @@ from assay.systems.activations import CUDA_ONLY, POLICIES
 from assay.systems.decoder.parts import LIGER, Parts
 from assay.systems.decoder.shapes import check_params, resolve
 from assay.variants._decoder import claims as decoder_claims
+from assay.variants._decoder import imports as decoder_imports
 from assay.variants._decoder import oracle
 from assay.variants._hf import imports as hf_imports
 from assay.variants._hf import stock
@@ -119,9 +120,11 @@ def _offloading(case: Case, given: Mapping[str, Scalar]) -> dict[str, Any]:
 
 
 def imports(case: Case, options: Options) -> Sequence[str]:
-    """Those of a stock transformers base."""
+    """Those of the base."""
     base = str(chosen(options)["base"])
-    return hf_imports(case, liger=base == "hf-liger") if base.startswith("hf") else ()
+    if base.startswith("hf"):
+        return hf_imports(case, liger=base == "hf-liger")
+    return decoder_imports(parts(case, base))
 
 
 def claims(case: Case, options: Options) -> Sequence[Claim]:

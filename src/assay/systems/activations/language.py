@@ -26,7 +26,7 @@ __all__ = ["PolicyLM", "blocks_of"]
 
 SCATTER = 3.0  # a tensor may depart from the baseline's this many times as far as the baseline's own repeats
 REPEATS = 2
-_ATTENTION_BACKWARD = re.compile(r"(flash|efficient)_attention\w*_backward")  # cuDNN's has no other algorithm
+_ATTENTION_BACKWARD = re.compile(r"(flash|efficient)_attention\w*_backward")
 
 
 class PolicyLM:
@@ -188,12 +188,17 @@ def _rounding(t: Tensor) -> float:
 
 @contextlib.contextmanager
 def _deterministic(*, compiled: bool) -> Iterator[None]:
-    """Deterministic algorithms where an operator has one; restored afterwards."""
-    before, warned = (
+    """Deterministic algorithms where an operator has one; restored afterwards.
+
+    Attention is that of another kernel than cuDNN's, which has none; compiled code has chosen its own.
+    """
+    before, warned, cudnn = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn and compiled)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an operator without one says so; the repeats show what it does
@@ -201,6 +206,7 @@ def _deterministic(*, compiled: bool) -> Iterator[None]:
                 yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 class _StrictAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,0 +1,5 @@
+"""What no fork survives."""
+
+import torch
+
+torch.cuda.init()
