@@ -29,6 +29,8 @@ from assay.measure import device
 
 MUTANT = "tests/mutants/decoder.py:{}"
 GRAPHED = "'sdpa[cache=static,cuda_graph=true]'"  # torch's own kernels, no launches: what fusion adds to
+CHECKPOINT = "'activations[policy=checkpoint,base=hf-liger]'"
+AUTO = "'activations[policy=auto,target_share={},base=hf-liger]'"
 VRAM = "vram --device cuda --base hf-liger --launches 2"
 VRAM_SHORT = f"{VRAM} --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 --time-budget 4"
 VRAM_LONG = f"{VRAM} --shape llama-8b:6 --batch-sizes 1 --sequence-lengths 65536"
@@ -84,20 +86,26 @@ RUNS: dict[str, tuple[str, int]] = {
     "phase2": ("phase2 --kpi --device cuda", 1),  # 4 million tokens a second is missed: docs/phase2-model.md
     "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,checkpoint", 0),
     "vram-short-auto": (f"{VRAM_SHORT} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
+    "vram-auto": (
+        f"compare {CHECKPOINT} {AUTO.format(0.5)} {AUTO.format(0.3)} --device cuda --workload train "
+        "--shape llama-1b --batch-size 4 --seq-length 2048 --dtype bf16 --warmup-steps 3 --time-budget 20",
+        0,
+    ),
     "vram-long": (f"{VRAM_LONG} --policy off,offload,save-on-cpu,checkpoint", 0),
     "vram-long-auto": (f"{VRAM_LONG} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
     "vram-compare": (
-        "vram --device cuda --mode compare --shape llama-1b --batch-sizes 4 --sequence-lengths 2048",
+        "vram --device cuda --mode compare --base hf-liger --shape llama-1b --batch-sizes 4 "
+        "--sequence-lengths 2048",
         0,
     ),
     "vram-backward": (
-        "vram --device cuda --mode backward --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 "
-        "--policy off,offload,checkpoint",
+        "vram --device cuda --mode backward --base hf-liger --shape llama-1b --batch-sizes 4 "
+        "--sequence-lengths 2048 --policy off,offload",
         0,
     ),
     "vram-oom": (
-        "vram --device cuda --mode oom --shape llama-1b --sequence-lengths 2048 "
-        "--policy off,offload,checkpoint --time-budget 2",
+        "vram --device cuda --mode oom --base liger --shape llama-1b --sequence-lengths 2048 "
+        "--policy off,offload --memory-budget-mib 24576 --time-budget 2",
         0,
     ),
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
