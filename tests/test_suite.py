@@ -270,6 +270,25 @@ def test_what_a_sigterm_breaks_off_is_in_the_files(play: Played, tmp_path: Path)
     assert json.loads((tmp_path / "doubling.json").read_text()) == [pytest.approx(4.0)]
 
 
+@pytest.mark.parametrize("signal", [Terminated, KeyboardInterrupt])
+def test_what_comes_while_the_files_are_written_waits_for_them(
+    play: Played, signal: type[BaseException]
+) -> None:
+    class Slow(Doubling):
+        interrupted = False
+
+        def exports(self, run: SuiteRun, folder: Path) -> Sequence[Path]:
+            if run.state == "ended" and not self.interrupted:
+                self.interrupted = True
+                raise signal
+            return super().exports(run, folder)
+
+    one = Slow()
+    with pytest.raises(signal):
+        play(one)
+    assert (one.told[-1].state, len(one.told[-1].entries)) == ("ended", 3)
+
+
 def test_a_sigterm_before_the_first_record_leaves_no_entry(play: Played) -> None:
     def end() -> None:
         raise Terminated

@@ -71,7 +71,12 @@ def run_suite(
         suite.exports(_judged(suite, run), place)
         run, ended = _measure(suite, plan, first, run, observe, connect, try_, tell, resume=resume)
     run = _judged(suite, run)
-    written = suite.exports(run, place)
+    try:
+        written = suite.exports(run, place)
+    except Exception:
+        raise
+    except BaseException as e:  # all is measured: it is written before it goes on
+        written, ended = suite.exports(run, place), e
     if ended:
         raise ended
     return run, written
