@@ -34,6 +34,9 @@ AUTO = "'activations[policy=auto,target_share={},base=hf-liger]'"
 VRAM = "vram --device cuda --base hf-liger --launches 2"
 VRAM_SHORT = f"{VRAM} --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 --time-budget 4"
 VRAM_LONG = f"{VRAM} --shape llama-8b:6 --batch-sizes 1 --sequence-lengths 65536"
+VRAM_OOM = (
+    "vram --device cuda --mode oom --base liger --sequence-lengths 2048 --policy off,offload --time-budget 2"
+)
 # name -> (arguments of `assay`, expected exit code)
 RUNS: dict[str, tuple[str, int]] = {
     "doctor": ("doctor --device cuda", 0),
@@ -103,11 +106,9 @@ RUNS: dict[str, tuple[str, int]] = {
         "--sequence-lengths 2048 --policy off,offload",
         0,
     ),
-    "vram-oom": (
-        "vram --device cuda --mode oom --base liger --shape llama-1b --sequence-lengths 2048 "
-        "--policy off,offload --memory-budget-mib 24576 --time-budget 2",
-        0,
-    ),
+    "vram-oom": (f"{VRAM_OOM} --shape llama-1b --memory-budget-mib 24576", 0),
+    "vram-oom-qwen3": (f"{VRAM_OOM} --shape qwen3-0.6b --memory-budget-mib 16384", 0),
+    "vram-oom-llama-8b": (f"{VRAM_OOM} --shape llama-8b:6 --memory-budget-mib 24576", 0),
     "calibrate": ("doctor --device cuda --calibrate --workload infer --launches 4", 0),
     "no-causal-mask": (f"compare eager {MUTANT.format('no_causal_mask')} --device cuda --workload infer", 2),
     "rope-discarded": (f"compare eager {MUTANT.format('rope_discarded')} --device cuda --workload train", 2),

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from assay.config import from_mapping
-from assay.measure.record import Record
+from assay.contracts import Attempted, Case, Entry, SuiteRun
+from assay.measure.kpi import judge_kpis
+from assay.measure.record import Record, Scalar
 from assay.measure.store import read_records
 from assay.measure.verdict import Comparison
 from assay.report import attribution, facts, sweeps, words
+from assay.report.suite import FINDING_HEADERS, FINDING_NUMBERS, finding_cells
 from assay.report.view import ArmView, CaseView, case_views
 from assay.show import judged
+from assay.suites._vram_cases import asked
+from assay.suites._vram_files import sections
+from assay.suites.vram import SUITE
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "results" / "h200", ROOT / "docs" / "results.md"
@@ -41,12 +50,14 @@ def main() -> None:
 
 def section(name: str, command: str) -> str:
     """One run: its command, where it ran, its comparisons. Empty where it has left no records."""
-    path = RECORDS / f"{name}.jsonl"
-    if not path.exists():
+    path, trials = RECORDS / f"{name}.jsonl", RECORDS / f"{name}.attempts.jsonl"
+    if not (path.exists() or trials.exists()):
         return ""
-    records = read_records(path)
+    records = read_records(path) if path.exists() else []
     lines = [f"## {name}", "", f"    assay {command}", "", where(records), ""]
-    if (summary := path.with_suffix(".json")).exists():
+    if command.startswith("vram"):
+        lines += [*vram_lines(command, records, read_trials(trials)), ""]
+    elif (summary := path.with_suffix(".json")).exists():
         told = json.loads(summary.read_text(encoding="utf-8"))
         lines += [*kpi_lines(told.get("kpi_summary") or told["kpis"]), ""]
     views: list[CaseView] = []
@@ -64,6 +75,40 @@ def section(name: str, command: str) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def read_trials(path: Path) -> list[Attempted]:
+    """Trials for size, a line each; none where there is no such file."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [msgspec.json.decode(line, type=Attempted) for line in lines]
+
+
+def vram_lines(command: str, records: Sequence[Record], trials: Sequence[Attempted]) -> Iterator[str]:
+    """KPIs and tables of the suite, made again from what a run left, whole or broken off."""
+    words_ = shlex.split(command)[1:]
+    given: dict[str, Scalar] = {
+        k[2:].replace("-", "_"): v for k, v in zip(words_[::2], words_[1::2], strict=True)
+    }
+    options = {n: type(o.default)(given.get(n, o.default)) for n, o in SUITE.options.items()}
+    options["device"] = "cuda"
+    wanted = asked(options)
+    entries = [
+        Entry(case=c, arms=wanted.arms, records=tuple(of(c, records))) for c in wanted.cases if records
+    ]
+    run = SuiteRun(options=options, started="", entries=entries, attempts=trials, state="ended")
+    findings = [f for f in judge_kpis(SUITE.kpis, SUITE.metrics(run)) if f.value is not None]
+    if findings:
+        yield from table(FINDING_HEADERS, finding_cells(findings), FINDING_NUMBERS)
+    for part in sections(SUITE.figures(run)):
+        rows = [[str(cell) for cell in row] for row in part.rows]
+        if rows:
+            yield from ("", f"**{part.title}**. {' '.join(part.said)}", "")
+            yield from table(part.headers, rows, part.numbers)
+
+
+def of(case: Case, records: Sequence[Record]) -> Iterator[Record]:
+    """Records of a case as a suite plans it: theirs have the workload's defaults too."""
+    return (r for r in records if case.params.items() <= r.case.params.items())
 
 
 def kpi_lines(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -93,7 +138,7 @@ def where(records: Sequence[Record]) -> str:
     """The device and the software, from the records themselves."""
     found = next((r.environment for r in records if r.environment), None)
     if found is None:
-        return "Refused before anything was timed."
+        return "Refused before anything was timed." if records else "Trials for size alone, on one H200."
     packages = ", ".join(
         f"{n} {v}" for n, v in found.packages.items() if n in ("torch", "triton", "transformers")
     )

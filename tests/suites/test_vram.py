@@ -227,6 +227,30 @@ def test_policy_that_moved_nothing_fails_its_proof_by_name_and_has_no_figure(mac
     assert checkpoint.activation_mib == 4.0
 
 
+def test_a_launch_that_fails_its_proof_is_not_covered_by_one_that_passes(machine: Machine) -> None:
+    """So it was on a GPU: the file said 0 different tensors, passed, of a run that ended with 2."""
+    finished = 0
+
+    def second_differs(_arm: Scripted, request: Request) -> Finished | None:
+        nonlocal finished
+        finished += isinstance(request, Finish)
+        why = "different_tensors is 1, expected == 0"
+        return (
+            Finished(proof={}, disproved=[why], void="", operators="x", environment=ENVIRONMENT)
+            if isinstance(request, Finish) and finished == 2
+            else None
+        )
+
+    machine.faults = {"offload": second_differs}
+    run = machine.run()
+    assert suite.exit_code(run) == 2
+    _, offload, checkpoint = figures(run).readings
+    assert offload.activation_mib == 2.0
+    assert offload.reason == "launch 1: proof_failed: different_tensors is 1, expected == 0"
+    assert machine.kpis(run)["vram_different_tensors"][0] == "ERROR"
+    assert checkpoint.reason == ""
+
+
 def test_where_off_does_not_fit_every_other_policy_is_measured_alone(machine: Machine) -> None:
     machine.faults = {"off": at_request(TraceMemory, Failure(status="out_of_memory", reason="no room"))}
     run = machine.run()

@@ -150,10 +150,14 @@ class Figures:
         found = [e for e in self.entries if e.case == case and arm in e.arms]
         records = [r for e in found for r in e.records if r.arm.name == arm.name]
         good = [r for r in records if r.status.measured]
+        own = [r for r in records if not (r.status.measured or r.status is Status.PARTNER_FAILED)]
         if good:
             good = [r for r in good if r.other == good[0].other]
-            return Reading(case=case, policy=policy, records=good, slowdown=self._slowdown(good[0]))
-        own = [r for r in records if r.status is not Status.PARTNER_FAILED]
+            reason = f"launch {own[0].launch}: {own[0].status}: {own[0].reason}" if own else ""
+            slowdown = self._slowdown(good[0])
+            return Reading(
+                case=case, policy=policy, records=good, slowdown=slowdown, reason=reason, failed=bool(own)
+            )
         if own:
             reason, lacking = f"{own[0].status}: {own[0].reason}", own[0].status is Status.UNAVAILABLE
             return Reading(case=case, policy=policy, reason=reason, failed=not lacking)
