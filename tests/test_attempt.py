@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from assay.attempt import NVML, _imports, _looking_only, attempt
+from assay.attempt import NVML, _environment, _imports, attempt
 from assay.contracts import Arm, Attempt, Attempted, Case
 from assay.errors import Unavailable, UsageError
 from assay.measure.record import Status
@@ -146,13 +148,40 @@ def test_an_arms_imports_are_known_before_it_is_built() -> None:
     assert ahead("activations", base="hf") == ["transformers.models.llama.modeling_llama"]
 
 
-@pytest.mark.parametrize("before", [None, "0"])
-def test_looking_for_devices_leaves_the_environment_as_it_was(
-    before: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+STORY = """
+from assay import attempt as module
+from assay.contracts import Arm, Attempt, Case
+
+if __name__ == "__main__":
+    module._imports = lambda _request: ["json.tool", "breaks_on_import", "nowhere"]
+    params = {"shape": "tiny", "batch_size": 1, "seq_length": 16, "optimizer": "none"}
+    arm = Arm(name="a", target="asks:whether")
+    found = module.attempt(Attempt(case=Case(workload="train", params=params), arm=arm, limit_mib=256))
+    print(found.reason)
+"""
+ASKS = """
+import os, sys
+
+def whether(case):
+    raise ValueError(f"{'json.tool' in sys.modules} {os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK')}")
+"""
+
+
+def test_an_import_that_breaks_costs_no_trial(tmp_path: Path) -> None:
+    (tmp_path / "story.py").write_text(STORY)
+    (tmp_path / "asks.py").write_text(ASKS)
+    (tmp_path / "breaks_on_import.py").write_text("raise RuntimeError('no driver')")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    run = subprocess.run(
+        [sys.executable, "story.py"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert "True 1" in run.stdout, run.stderr
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(NVML, raising=False)
-    if before:
-        monkeypatch.setenv(NVML, before)
-    with _looking_only():
-        assert os.environ[NVML] == "1"
-    assert os.environ.get(NVML) == before
+    monkeypatch.setenv("THERE", "before")
+    with _environment({NVML: "1", "THERE": "now"}):
+        assert (os.environ[NVML], os.environ["THERE"]) == ("1", "now")
+    assert (os.environ.get(NVML), os.environ["THERE"]) == (None, "before")

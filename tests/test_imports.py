@@ -67,7 +67,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         *("measure.store", "measure.verdict", "report", "systems"),
     ),
     "suite": (*CORE, "attempt", "session"),
-    "attempt": (*CORE, "worker"),
+    "ahead": (),
+    "attempt": (*CORE, "ahead", "worker"),
     "wire": ("errors", "measure"),
     "channel": CORE,
     "connect": (*CORE, "worker"),  # the latter for `--isolation inline` only

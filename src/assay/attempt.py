@@ -12,13 +12,14 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 
 import msgspec
 
 from assay import plugins
+from assay.ahead import NAMES
 from assay.contracts import Attempt, Attempted, Case, Variant
 from assay.errors import AssayError, UsageError
 from assay.measure.budget import Budget, budget
@@ -28,6 +29,8 @@ from assay.wire import Open, as_failure
 __all__ = ["attempt"]
 
 MIB = 2**20
+# Imports may ask whether there is a GPU: then through the driver's library. The other way starts CUDA, and no
+# fork survives that.
 NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 # what libraries below torch say when there is no memory left for them
 WANTING = ("out of memory", "ALLOC_FAILED", "bad_alloc", "could not create a primitive")
@@ -39,7 +42,7 @@ def attempt(request: Attempt, timeout_s: float = 600) -> Attempted:
     if arm.python or arm.cwd or arm.nproc > 1:
         raise UsageError(f"arm '{arm.name}' cannot be tried for size", expected="no python=, cwd= or nproc=")
     forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload(["assay.worker", "torch._dynamo", *_imports(request)])  # seconds each time
+    forked.set_forkserver_preload(["assay.worker", "torch._dynamo", "assay.ahead"])  # seconds each time
     found = _attempt(request, timeout_s, forked)
     return (
         found
@@ -54,7 +57,7 @@ def _attempt(
     """None where the process says that it was forked from one that had started CUDA."""
     source, sink = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(sink, request), daemon=True)
-    with _looking_only():
+    with _environment({NVML: "1", NAMES: ",".join(_imports(request))}):
         process.start()
     sink.close()
     try:
@@ -86,20 +89,18 @@ def _imports(request: Attempt) -> Sequence[str]:
 
 
 @contextlib.contextmanager
-def _looking_only() -> Iterator[None]:
-    """Processes begun here look for devices through the driver's library alone.
-
-    What is imported ahead may ask whether there is a GPU; the other way starts CUDA, which no fork survives.
-    """
-    before = os.environ.get(NVML)
-    os.environ[NVML] = "1"
+def _environment(given: Mapping[str, str]) -> Iterator[None]:
+    """Variables for processes that begin here."""
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[NVML]
-        else:
-            os.environ[NVML] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _died(request: Attempt, code: int) -> Attempted:
