@@ -151,6 +151,14 @@ def test_slow_warm_up_stops_at_its_time_limit() -> None:
     assert result.steps == 9, "1 + 0.9 + 0.81 + ... passes 6 s with the ninth"
 
 
+def test_steps_of_seconds_are_warm_once_a_few_are_alike() -> None:
+    seconds = [9e9, 4e9, 2.52e9, 2.511e9, 2.509e9, *[2.51e9] * 10]
+    result = sampler(*seconds).warm_up(3)
+    assert (result.steps, result.steady) == (5, True)
+    assert sampler(*(t / 100 for t in seconds)).warm_up(3).steps >= 8, "there is time for a trend"
+    assert sampler(*seconds).warm_up(7).steps == 7, "the floor is the user's"
+
+
 # Order
 
 

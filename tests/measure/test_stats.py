@@ -306,6 +306,12 @@ def test_a_slow_first_call_is_not_drift() -> None:
     assert stats.is_steady([900.0, 100.0, 101.0, 100.0, 101.0, 100.0, 101.0, 100.0, 101.0, 100.0])
 
 
+def test_the_last_three_times_are_alike_within_half_a_percent() -> None:
+    assert stats.are_alike([200.0, 100.0, 100.2, 100.4])
+    assert not stats.are_alike([100.0, 100.2, 100.6])
+    assert not stats.are_alike([100.0, 100.0])
+
+
 def test_a_drift_that_does_not_matter_is_steady() -> None:
     assert stats.is_steady([100.0 - 0.01 * i for i in range(20)])  # 0.2% over the window
     assert not stats.is_steady([100.0 - 0.1 * i for i in range(20)])

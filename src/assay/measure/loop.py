@@ -15,12 +15,13 @@ from typing import Protocol
 import msgspec
 
 from assay.measure.clock import Clock, Mark, Timing, ignore
-from assay.measure.stats import is_steady
+from assay.measure.stats import are_alike, is_steady
 from assay.measure.stopping import Stop
 
 __all__ = ["Blocks", "Sampler", "Step", "WarmUp", "balanced_order", "interleave", "split_evenly"]
 
 MAX_INNER = 1 << 24
+_LONG_S = 10.0
 _PAUSE = 20.0  # times the clock's target: what takes longer is taken for work, not for the machine's pause
 
 
@@ -74,7 +75,10 @@ class Sampler:
         return max(self.sample(lead_in=0).wall_ns * self.inner, 1.0)
 
     def warm_up(self, floor: int, limit: int | None = None, max_s: float = 60.0) -> WarmUp:
-        """Step until the times stop drifting: at least `floor` samples, at most `limit` or `max_s`."""
+        """Step until the times stop drifting: at least `floor` samples, at most `limit` or `max_s`.
+
+        A trend wants more samples than steps of seconds can give: after _LONG_S of them, a few alike will do.
+        """
         limit = max(floor, 5 * floor + 20) if limit is None else limit
         times: list[float] = []
         spent = 0.0
@@ -84,7 +88,7 @@ class Sampler:
             spent += timing.wall_ns * self.inner
             if len(times) < floor:
                 continue
-            if is_steady(times) or floor == 0:
+            if is_steady(times) or floor == 0 or (spent > _LONG_S * 1e9 and are_alike(times)):
                 return WarmUp(steps=len(times), steady=True)
             if spent > max_s * 1e9:
                 break

@@ -27,6 +27,7 @@ __all__ = [
     "PowerLaw",
     "anytime_half_width",
     "anytime_interval",
+    "are_alike",
     "batch_means",
     "binomial_interval",
     "block_scatter",
@@ -55,6 +56,7 @@ _BATCH_BIAS = 0.10  # variance of the mean that batching may miss under first-or
 _STEADY_WINDOW, _STEADY_MIN = 20, 8  # times looked at, and the fewest that can show a trend
 _STEADY_Z = 1.96  # two-sided 5% point of the normal
 _STEADY_DRIFT = 0.005  # a smaller fall or rise across the window does not matter
+_ALIKE = 3  # times that show as much where there is no time for a trend
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,3 +384,13 @@ def is_steady(times_ns: Sequence[float] | FloatArray) -> bool:
     z = max(abs(s) - 1, 0.0) / math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
     early, late = float(np.median(window[: n // 2])), float(np.median(window[n // 2 :]))
     return z <= _STEADY_Z or abs(early / late - 1) <= _STEADY_DRIFT
+
+
+def are_alike(times_ns: Sequence[float] | FloatArray) -> bool:
+    """Whether the last three times are within 0.5% of each other. False with fewer.
+
+    For steps too slow to wait for a trend. Simulated: independent noise with a CV of 0.1% passes nearly
+    always, of 0.5% in 24% of the tries, of 1% in 7%; on top of a fall of 2% every three steps in 0, 5 and 4%.
+    """
+    last = np.asarray(times_ns[-_ALIKE:], dtype=np.float64)
+    return last.size == _ALIKE and float(last.max() / last.min() - 1) <= _STEADY_DRIFT
