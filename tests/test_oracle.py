@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from assay import oracle
+from assay.errors import Unavailable
 from assay.measure.record import Arm
 from assay.plan import make_plan
 from assay.wire import Open
@@ -58,3 +60,22 @@ def test_file_that_cannot_be_written_is_the_oracles_failure(
     monkeypatch.setattr(oracle, "_save", full)
     with pytest.raises(OSError, match="No space left"):
         open_runner(opening)._oracle().make(1e12)
+
+
+@pytest.mark.parametrize(
+    ("left", "said"), [(0, "no room for the 4 MiB of weights.pt"), (2**30, "unexpected pos")]
+)
+def test_full_disk_is_said_with_what_helps(
+    left: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(_tensors: object, path: Path) -> None:
+        path.write_bytes(b"torn")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+    monkeypatch.setattr(torch, "save", no_room)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=left))
+    path = tmp_path / "weights.pt"
+    with pytest.raises(RuntimeError if left else Unavailable, match=said) as refused:
+        oracle._save({"w": torch.zeros(2**20)}, path)
+    assert ("set TMPDIR" in str(refused.value)) is not bool(left)
+    assert not path.exists(), "what was written of it would leave no room for a word"

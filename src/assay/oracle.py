@@ -7,6 +7,7 @@ every worker that is gated reads it there.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import msgspec
 
 from assay import gate
 from assay.contracts import Case, System, Variant, Workload
-from assay.errors import one_line
+from assay.errors import Unavailable, one_line
 from assay.measure.record import Figure
 from assay.wire import OracleMade, as_failure
 
@@ -305,9 +306,20 @@ def _writers() -> Iterator[ThreadPoolExecutor]:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises Unavailable where the disk has no room for it, of which torch says nothing."""
     import torch
 
-    torch.save(dict(tensors), path)
+    try:
+        torch.save(dict(tensors), path)
+    except (OSError, RuntimeError) as e:
+        wanted, left = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(path.parent).free
+        path.unlink(missing_ok=True)  # what was written of it is in the way of saying so
+        if left >= wanted:
+            raise
+        raise Unavailable(
+            f"the disk of '{path.parent.parent}' has no room for the {wanted / 2**20:,.0f} MiB of {path.name}",
+            "set TMPDIR to a folder with more",
+        ) from e
 
 
 def _state_digest(state: Mapping[str, Tensor]) -> str:

@@ -107,7 +107,8 @@ class Runner:
             return self._answer(request)
         except (Exception, SystemExit) as e:
             if not isinstance(e, AssayError):  # those say all there is to say in their one line
-                traceback.print_exc()
+                with suppress(OSError):  # a full disk is no reason to say nothing
+                    traceback.print_exc()
             return as_failure(e, self.arm.name)
 
     def _answer(self, request: Request) -> Reply:
