@@ -317,8 +317,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         if left >= wanted:
             raise
         raise Unavailable(
-            f"the disk of '{path.parent.parent}' has no room for the {wanted / 2**20:,.0f} MiB of {path.name}",
-            "set TMPDIR to a folder with more",
+            f"'{path.parent.parent}' has no room for the {wanted / 2**20:,.0f} MiB of {path.name}",
+            "set TMPDIR to a folder on a larger disk",
         ) from e
 
 
