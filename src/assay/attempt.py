@@ -53,7 +53,7 @@ def attempt(request: Attempt, timeout_s: float = 600) -> Attempted:
 
 
 def _serve_forks(request: Attempt) -> None:
-    """Have the server of forks run. A Ctrl-C is not for it, nor while it imports: it would say where it was."""
+    """Have the server of forks run. A Ctrl-C is not for it: while it imports it would end by one."""
     resource_tracker.ensure_running()  # by itself it lifts the mask again
     with _environment({NVML: "1", NAMES: ",".join(_imports(request))}):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

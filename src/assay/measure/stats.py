@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from assay.measure.record import Summary
 
 __all__ = [
-    "STEADY_MIN",
     "LAUNCH_SCALE",
     "MIN_BATCHES",
+    "STEADY_MIN",
     "Estimate",
     "PowerLaw",
     "anytime_half_width",
