@@ -88,7 +88,10 @@ RUNS: dict[str, tuple[str, int]] = {
     ),
     "phase2": ("phase2 --kpi --device cuda", 1),  # 4 million tokens a second is missed: docs/phase2-model.md
     "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,checkpoint", 0),
-    "vram-short-auto": (f"{VRAM_SHORT} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
+    "vram-short-auto": (
+        f"{VRAM_SHORT} --policy off,offload,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15",
+        0,
+    ),
     "vram-auto": (
         f"compare {CHECKPOINT} {AUTO.format(0.5)} {AUTO.format(0.3)} --device cuda --workload train "
         "--shape llama-1b --batch-size 4 --seq-length 2048 --dtype bf16 --warmup-steps 3 --time-budget 20",

@@ -16,7 +16,7 @@ import msgspec
 
 from assay.config import from_mapping
 from assay.contracts import Attempted, Case, Entry, SuiteRun
-from assay.measure.kpi import judge_kpis
+from assay.measure.kpi import KPIStatus, judge_kpis
 from assay.measure.record import Record, Scalar
 from assay.measure.store import read_records
 from assay.measure.verdict import Comparison
@@ -96,7 +96,8 @@ def vram_lines(command: str, records: Sequence[Record], trials: Sequence[Attempt
         Entry(case=c, arms=wanted.arms, records=tuple(of(c, records))) for c in wanted.cases if records
     ]
     run = SuiteRun(options=options, started="", entries=entries, attempts=trials, state="ended")
-    findings = [f for f in judge_kpis(SUITE.kpis, SUITE.metrics(run)) if f.value is not None]
+    judged_ = judge_kpis(SUITE.kpis, SUITE.metrics(run))
+    findings = [f for f in judged_ if f.value is not None or f.status is KPIStatus.ERROR]
     if findings:
         yield from table(FINDING_HEADERS, finding_cells(findings), FINDING_NUMBERS)
     for part in sections(SUITE.figures(run)):

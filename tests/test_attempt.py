@@ -149,11 +149,13 @@ def test_an_arms_imports_are_known_before_it_is_built() -> None:
 
 
 STORY = """
+import sys
+
 from assay import attempt as module
 from assay.contracts import Arm, Attempt, Case
 
 if __name__ == "__main__":
-    module._imports = lambda _request: ["json.tool", "breaks_on_import", "nowhere"]
+    module._imports = lambda _request: sys.argv[1:]
     params = {"shape": "tiny", "batch_size": 1, "seq_length": 16, "optimizer": "none"}
     arm = Arm(name="a", target="asks:whether")
     found = module.attempt(Attempt(case=Case(workload="train", params=params), arm=arm, limit_mib=256))
@@ -167,16 +169,24 @@ def whether(case):
 """
 
 
-def test_an_import_that_breaks_costs_no_trial(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("raise RuntimeError('no driver')", "True 1"),
+        ("import signal; signal.raise_signal(signal.SIGINT)", "True 1"),  # a Ctrl-C is sent to it too
+        ("import os; os._exit(1)", "False None"),  # nothing was imported ahead
+    ],
+)
+def test_an_import_that_breaks_costs_no_trial(line: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "story.py").write_text(STORY)
     (tmp_path / "asks.py").write_text(ASKS)
-    (tmp_path / "breaks_on_import.py").write_text("raise RuntimeError('no driver')")
+    (tmp_path / "breaks_on_import.py").write_text(line)
     paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     run = subprocess.run(
-        [sys.executable, "story.py"],
+        [sys.executable, "story.py", "json.tool", "breaks_on_import", "nowhere"],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
-    assert "True 1" in run.stdout, run.stderr
+    assert said in run.stdout, run.stderr
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,6 +247,13 @@ def test_a_gradient_counts_as_off_as_much_as_the_same_one_in_another_block() -> 
     assert precision(0.0, reference, name="grad:blocks.2.b.bias").limit == pytest.approx(3 * 0.01)
 
 
+def test_an_expert_is_not_excused_by_another_of_its_block() -> None:
+    errors = {"0.experts.0": 0.01, "0.experts.1": 0.2, "1.experts.0": 0.02, "1.experts.1": 0.01, "2.x": 0.01}
+    reference = {f"grad:blocks.{name}.weight": error for name, error in errors.items()}
+    limits = [precision(0.0, reference, name=name).limit for name in reference]
+    assert limits == pytest.approx([0.06, 0.6, 0.06, 0.6, 0.03])
+
+
 def test_reference_without_a_finite_error_excuses_nothing() -> None:
     out, ref = values(2, 2), values(2, 2)
     out[0, 0] = ref[1, 1] = math.inf  # as many as the oracle has, elsewhere

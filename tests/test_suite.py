@@ -289,6 +289,22 @@ def test_what_comes_while_the_files_are_written_waits_for_them(
     assert (one.told[-1].state, len(one.told[-1].entries)) == ("ended", 3)
 
 
+def test_what_comes_while_the_figures_are_made_waits_for_the_files(play: Played) -> None:
+    class Slow(Doubling):
+        interrupted = False
+
+        def metrics(self, run: SuiteRun) -> Mapping[str, Any]:
+            if run.state == "ended" and not self.interrupted:
+                self.interrupted = True
+                raise Terminated
+            return super().metrics(run)
+
+    one = Slow()
+    with pytest.raises(Terminated):
+        play(one)
+    assert (one.told[-1].state, len(one.told[-1].entries)) == ("ended", 3)
+
+
 def test_a_sigterm_before_the_first_record_leaves_no_entry(play: Played) -> None:
     def end() -> None:
         raise Terminated

@@ -13,6 +13,7 @@ import os
 import signal
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 
@@ -43,23 +44,40 @@ def attempt(request: Attempt, timeout_s: float = 600) -> Attempted:
         raise UsageError(f"arm '{arm.name}' cannot be tried for size", expected="no python=, cwd= or nproc=")
     forked = multiprocessing.get_context("forkserver")
     forked.set_forkserver_preload(["assay.worker", "torch._dynamo", "assay.ahead"])  # seconds each time
-    found = _attempt(request, timeout_s, forked)
+    _serve_forks(request)
     return (
-        found
+        _attempt(request, timeout_s, forked)
         or _attempt(request, timeout_s, multiprocessing.get_context("spawn"))
-        or _ended(request, Status.ERROR, "its process cannot use the device")
+        or _ended(request, Status.ERROR, "its process does not start, or cannot use the device")
     )
+
+
+def _serve_forks(request: Attempt) -> None:
+    """Have the server of forks run. A Ctrl-C is not for it: while it imports it would end by one."""
+    resource_tracker.ensure_running()  # by itself it lifts the mask again
+    with _environment({NVML: "1", NAMES: ",".join(_imports(request))}):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _attempt(
     request: Attempt, timeout_s: float, context: ForkServerContext | SpawnContext
 ) -> Attempted | None:
-    """None where the process says that it was forked from one that had started CUDA."""
+    """None where the process says that it was forked from one that had started CUDA, or where none is forked:
+    an import has ended the server.
+    """
     source, sink = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(sink, request), daemon=True)
-    with _environment({NVML: "1", NAMES: ",".join(_imports(request))}):
+    try:
         process.start()
-    sink.close()
+    except (EOFError, ConnectionError):
+        source.close()
+        return None
+    finally:
+        sink.close()
     try:
         if not source.poll(timeout_s):
             return _ended(request, Status.TIMEOUT, f"no answer within {timeout_s:g} s")

@@ -60,7 +60,7 @@ GRAD_SHARE = 1e-3  # a gradient is scaled by at least this share of the whole gr
 EXTRA_ZEROS = 0.01  # share of entries that may be exactly zero beyond the oracle's own zeros
 PROBE_LIMIT = 1e-4  # relative, in float32
 
-_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")  # its number, in the name of a parameter
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")  # its number, the first in the name of a parameter
 _COMPARE = {"==": operator.eq, ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
@@ -297,10 +297,10 @@ def _limits(reference: Mapping[str, float], dtype: str) -> dict[str, float]:
     median = sorted(grads.values())[len(grads) // 2] if grads else 0.0
     families: dict[str, float] = {}
     for name, error in grads.items():
-        alike = _BLOCK.sub("*", name)
+        alike = _BLOCK.sub("*", name, count=1)
         families[alike] = max(error, families.get(alike, median))
     return {
-        name: K * max(error, families.get(_BLOCK.sub("*", name), 0.0), _rounding(name, dtype))
+        name: K * max(error, families.get(_BLOCK.sub("*", name, count=1), 0.0), _rounding(name, dtype))
         for name, error in reference.items()
     }
 

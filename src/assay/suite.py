@@ -70,16 +70,17 @@ def run_suite(
         run = SuiteRun(options=options, started=now(), folder=_records_folder(place, name, options, resume))
         suite.exports(_judged(suite, run), place)
         run, ended = _measure(suite, plan, first, run, observe, connect, try_, tell, resume=resume)
-    run = _judged(suite, run)
     try:
-        written = suite.exports(run, place)
+        judged = _judged(suite, run)
+        written = suite.exports(judged, place)
     except Exception:
         raise
     except BaseException as e:  # all is measured: it is written before it goes on
-        written, ended = suite.exports(run, place), e
+        judged, ended = _judged(suite, run), ended or e
+        written = suite.exports(judged, place)
     if ended:
         raise ended
-    return run, written
+    return judged, written
 
 
 def resolve(suite: Suite, name: str, given: Options, where: str) -> Options:

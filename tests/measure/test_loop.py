@@ -159,6 +159,12 @@ def test_steps_of_seconds_are_warm_once_a_few_are_alike() -> None:
     assert sampler(*seconds).warm_up(7).steps == 7, "the floor is the user's"
 
 
+def test_a_drift_that_shows_is_no_steady_state_though_the_last_are_alike() -> None:
+    falling = [2e9 * 0.998**i for i in range(40)]  # by 0.4% over three, 4% over the window
+    result = sampler(*falling).warm_up(8)
+    assert (result.steps, result.steady) == (31, False), "60 s of them"
+
+
 # Order
 
 

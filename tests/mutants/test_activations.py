@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from assay import gate
 from assay.contracts import Case
 from assay.plugins import find
-from assay.systems.activations.language import PolicyLM, blocks_of
+from assay.systems.activations.language import PolicyLM, _rounding, blocks_of
 from assay.systems.activations.policies import Checkpoint, Offload, Policy
 from assay.systems.decoder.adapter import ModuleLM
 from assay.systems.decoder.build import build_decoder
@@ -95,6 +95,11 @@ def test_a_tensor_that_reproduced_by_luck_may_be_rounded_otherwise(
     found = _Scattered(scatter=scatter, off=off).differing(2, 16)
     assert found["different_tensors"] == different
     assert found["reproduced_tensors"] == (1 if scatter else 2)
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float32, 2**-24)])
+def test_a_rounding_is_half_a_unit_of_the_dtype_in_every_element(dtype: torch.dtype, unit: float) -> None:
+    assert _rounding(torch.full((64,), 3.0, dtype=dtype)) == pytest.approx(unit * 3 * 8)
 
 
 class _Watch(TorchDispatchMode):

@@ -199,6 +199,18 @@ def test_auto_is_held_against_the_quickest_pure_policy_that_is_as_lean(machine: 
     assert machine.kpis(machine.run(policy="off,auto:0.6"))["vram_auto_over_pure"] == ("SKIPPED", None)
 
 
+def test_auto_is_not_praised_over_what_is_left_where_a_rival_failed(machine: Machine) -> None:
+    """So it was on a GPU: 0.36 of offload's time, beside a quicker checkpoint that had failed its proof."""
+    machine.STEP_MS = {**machine.STEP_MS, "auto": 12.0, "offload": 14.0}
+    machine.HELD = {**machine.HELD, "auto": 0.5}
+    disproved = Finished(
+        proof={}, disproved=["different_tensors is 3"], void="", operators="x", environment=ENVIRONMENT
+    )
+    machine.faults = {"checkpoint": lambda _arm, request: disproved if isinstance(request, Finish) else None}
+    found = machine.kpis(machine.run(policy="off,offload,checkpoint,auto:0.6"))
+    assert found["vram_auto_over_pure"] == ("ERROR", None)
+
+
 def test_policy_that_changes_a_gradient_fails_the_run(machine: Machine) -> None:
     machine.proof = {"different_tensors": 3}
     run = machine.run()

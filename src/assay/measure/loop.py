@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 
 from assay.measure.clock import Clock, Mark, Timing, ignore
-from assay.measure.stats import are_alike, is_steady
+from assay.measure.stats import STEADY_MIN, are_alike, is_steady
 from assay.measure.stopping import Stop
 
 __all__ = ["Blocks", "Sampler", "Step", "WarmUp", "balanced_order", "interleave", "split_evenly"]
@@ -77,7 +77,8 @@ class Sampler:
     def warm_up(self, floor: int, limit: int | None = None, max_s: float = 60.0) -> WarmUp:
         """Step until the times stop drifting: at least `floor` samples, at most `limit` or `max_s`.
 
-        A trend wants more samples than steps of seconds can give: after _LONG_S of them, a few alike will do.
+        A trend wants more samples than steps of seconds can give: after _LONG_S of them, a few alike will do,
+        unless there are as many by then.
         """
         limit = max(floor, 5 * floor + 20) if limit is None else limit
         times: list[float] = []
@@ -88,7 +89,8 @@ class Sampler:
             spent += timing.wall_ns * self.inner
             if len(times) < floor:
                 continue
-            if is_steady(times) or floor == 0 or (spent > _LONG_S * 1e9 and are_alike(times)):
+            few = spent > _LONG_S * 1e9 and len(times) < STEADY_MIN
+            if is_steady(times) or floor == 0 or (few and are_alike(times)):
                 return WarmUp(steps=len(times), steady=True)
             if spent > max_s * 1e9:
                 break

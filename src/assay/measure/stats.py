@@ -23,6 +23,7 @@ from assay.measure.record import Summary
 __all__ = [
     "LAUNCH_SCALE",
     "MIN_BATCHES",
+    "STEADY_MIN",
     "Estimate",
     "PowerLaw",
     "anytime_half_width",
@@ -53,7 +54,7 @@ MIN_BATCHES = 16  # a running interval shows nothing before
 LAUNCH_SCALE = 3.0  # prior scale of a confidence sequence over launches: tightest at 4 to 20 of them
 _P95_SUPPORT, _P99_SUPPORT = 100, 1000  # samples; either leaves about five or ten beyond the percentile
 _BATCH_BIAS = 0.10  # variance of the mean that batching may miss under first-order autocorrelation
-_STEADY_WINDOW, _STEADY_MIN = 20, 8  # times looked at, and the fewest that can show a trend
+_STEADY_WINDOW, STEADY_MIN = 20, 8  # times looked at, and the fewest that can show a trend
 _STEADY_Z = 1.96  # two-sided 5% point of the normal
 _STEADY_DRIFT = 0.005  # a smaller fall or rise across the window does not matter
 _ALIKE = 3  # times that show as much where there is no time for a trend
@@ -378,7 +379,7 @@ def is_steady(times_ns: Sequence[float] | FloatArray) -> bool:
     """
     window = np.asarray(times_ns[-_STEADY_WINDOW:], dtype=np.float64)
     n = window.size
-    if n < _STEADY_MIN:
+    if n < STEADY_MIN:
         return False
     s = float(np.triu(np.sign(window[None, :] - window[:, None]), 1).sum())
     z = max(abs(s) - 1, 0.0) / math.sqrt(n * (n - 1) * (2 * n + 5) / 18)

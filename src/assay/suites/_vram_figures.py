@@ -250,10 +250,14 @@ class Figures:
         """Time of `auto` over the quickest pure policy's that is as lean: the lower end, at its worst."""
         if not self.asked.cuda:
             return Metric(reason="on the CPU nothing overlaps: no time to judge a plan by")
+        planned = [r for r in self.readings if r.policy.startswith("auto")]
+        broken = next((r for r in self.readings if r.failed and r.policy != BASELINE), None)
+        if planned and broken:  # it may have been the quickest, or auto at its worst
+            return Metric(reason=f"{broken.policy}: {broken.reason}", failed=True)
         found = [
             (auto.slowdown.low / pure.high, auto)
-            for auto in self.readings
-            if auto.policy.startswith("auto") and auto.slowdown and (pure := self._quickest_within(auto))
+            for auto in planned
+            if auto.slowdown and (pure := self._quickest_within(auto))
         ]
         if not found:
             return Metric(reason="no auto beside a pure policy that is as lean")

@@ -258,17 +258,19 @@ def _search(tried: _Tried, guess: int) -> Generator[Attempt, Attempted, None]:
             return
 
 
-def replay(exploration: Exploration, attempts: Iterable[Attempted]) -> Capacity | None:
-    """What an exploration found, from the answers of a run; None where the run ended before it did."""
+def replay(exploration: Exploration, attempts: Iterable[Attempted]) -> Capacity | int:
+    """What an exploration found, from a run's answers; how many it had, where the run ended before it did."""
     answers = {tried.asked: tried for tried in attempts}
+    had = 0
     try:
         asked = next(exploration)
         while asked in answers:
+            had += 1
             asked = exploration.send(answers[asked])
     except StopIteration as end:
         found: Capacity = end.value
         return found
-    return None
+    return had
 
 
 # A run's
@@ -305,7 +307,9 @@ def capacities(asked: Asked, attempts: Sequence[Attempted]) -> list[list[Capacit
 
     def found(axis: Axis, arm: Arm) -> Capacity:
         ended = replay(explore(axis, arm, asked.budget_mib, asked.case), attempts)
-        return ended or Capacity(axis=axis, arm=arm, reason=unended, unpredicted=unended)
+        if isinstance(ended, Capacity):
+            return ended
+        return Capacity(axis=axis, arm=arm, trials=ended, reason=unended, unpredicted=unended)
 
     return [[found(axis, arm) for arm in asked.arms] for axis in axes(asked)]
 
