@@ -1,7 +1,7 @@
 """The gate's arithmetic: what counts as the same work, and what the one line says where it is not."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -239,19 +239,31 @@ def test_gradients_share_the_median_of_the_reference_errors() -> None:
     assert limit == pytest.approx(3 * 0.02)
 
 
+def limits(
+    reference: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> list[float]:
+    """Of every quantity; their shapes are alike but for those given."""
+    oracle = {name: values(*(shapes or {}).get(name, (4, 4))) for name in reference}
+    figures = gate.judge_outputs("precision", "before", oracle, oracle, dtype="fp32", reference=reference)
+    return [figure.limit or 0.0 for figure in figures]
+
+
 def test_a_gradient_counts_as_off_as_much_as_the_same_one_in_another_block() -> None:
     """Of rank one, its error is a single draw: the phase-2 model failed its own gate by such a bias."""
     errors = [("a.bias", 0.001), ("a.bias", 0.02), ("b.bias", 0.01), ("b.bias", 0.01)]
     reference = {f"grad:blocks.{i}.{name}": error for i, (name, error) in enumerate(errors)}
-    assert precision(0.0, reference, name="grad:blocks.0.a.bias").limit == pytest.approx(3 * 0.02)
-    assert precision(0.0, reference, name="grad:blocks.2.b.bias").limit == pytest.approx(3 * 0.01)
+    assert limits(reference) == pytest.approx([0.06, 0.06, 0.03, 0.03])
 
 
 def test_an_expert_is_not_excused_by_another_of_its_block() -> None:
     errors = {"0.experts.0": 0.01, "0.experts.1": 0.2, "1.experts.0": 0.02, "1.experts.1": 0.01, "2.x": 0.01}
     reference = {f"grad:blocks.{name}.weight": error for name, error in errors.items()}
-    limits = [precision(0.0, reference, name=name).limit for name in reference]
-    assert limits == pytest.approx([0.06, 0.6, 0.06, 0.6, 0.03])
+    assert limits(reference) == pytest.approx([0.06, 0.6, 0.06, 0.6, 0.03])
+
+
+def test_a_layer_is_not_excused_by_another_shape_of_the_same_sequence() -> None:
+    reference = {"grad:net.0.weight": 0.01, "grad:net.2.weight": 0.2, "grad:net.4.weight": 0.01}
+    assert limits(reference, {"grad:net.2.weight": (2, 8)}) == pytest.approx([0.03, 0.6, 0.03])
 
 
 def test_reference_without_a_finite_error_excuses_nothing() -> None:

@@ -485,6 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except _Terminated:
+        print("assay: ended by SIGTERM; a run that had begun goes on with --resume", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:
         sys.exit(0)

@@ -194,7 +194,7 @@ def judge_outputs(
     grad_norm = gradient_norm(oracle) if grad_norm is None else grad_norm
     limits = {name: MEANING_LIMIT[kind(name)] for name in oracle}
     if reference is not None:
-        limits = _limits(reference, dtype)
+        limits = _limits(reference, {name: tuple(t.shape) for name, t in oracle.items()}, dtype)
     figures = [
         _figure(
             tier,
@@ -286,21 +286,23 @@ def _rounding(name: str, dtype: str) -> float:
     return max(ROUNDING[dtype], LOSS_REDUCTION) if kind(name) == "loss" else ROUNDING[dtype]
 
 
-def _limits(reference: Mapping[str, float], dtype: str) -> dict[str, float]:
+def _limits(
+    reference: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> dict[str, float]:
     """K times what the reference may be off by, of every quantity; its own luck does not set a limit.
 
     A gradient counts as off by at least the median of all, and as the worst of the same parameter's in all
-    blocks: where one has rank one, as that of a bias before a projection to one number, its error is a
-    single draw.
+    blocks, of the same name but for the block's number and of the same shape: where one has rank one, as that
+    of a bias before a projection to one number, its error is a single draw.
     """
     grads = {name: error for name, error in reference.items() if kind(name) == "grad"}
     median = sorted(grads.values())[len(grads) // 2] if grads else 0.0
-    families: dict[str, float] = {}
+    alike = {name: (_BLOCK.sub("*", name, count=1), shapes.get(name)) for name in grads}
+    families: dict[object, float] = {}
     for name, error in grads.items():
-        alike = _BLOCK.sub("*", name, count=1)
-        families[alike] = max(error, families.get(alike, median))
+        families[alike[name]] = max(error, families.get(alike[name], median))
     return {
-        name: K * max(error, families.get(_BLOCK.sub("*", name, count=1), 0.0), _rounding(name, dtype))
+        name: K * max(error, families[alike[name]] if name in grads else 0.0, _rounding(name, dtype))
         for name, error in reference.items()
     }
 

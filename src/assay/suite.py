@@ -75,8 +75,9 @@ def run_suite(
         written = suite.exports(judged, place)
     except Exception:
         raise
-    except BaseException as e:  # all is measured: it is written before it goes on
-        judged, ended = _judged(suite, run), ended or e
+    except BaseException as e:  # all is measured: a Ctrl-C has nothing to stop, and a SIGTERM waits
+        ended = ended or (None if isinstance(e, KeyboardInterrupt) else e)
+        judged = _judged(suite, run)
         written = suite.exports(judged, place)
     if ended:
         raise ended
