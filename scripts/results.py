@@ -139,7 +139,11 @@ def where(records: Sequence[Record]) -> str:
     """The device and the software, from the records themselves."""
     found = next((r.environment for r in records if r.environment), None)
     if found is None:
-        return "Refused before anything was timed." if records else "Trials for size alone, on one H200."
+        return (
+            "Refused before anything was timed."
+            if records
+            else "Trials for size alone, which do not name their machine."
+        )
     packages = ", ".join(
         f"{n} {v}" for n, v in found.packages.items() if n in ("torch", "triton", "transformers")
     )

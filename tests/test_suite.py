@@ -310,8 +310,13 @@ def test_what_comes_while_the_figures_are_made_waits_for_the_files(play: Played)
     assert (one.told[-1].state, len(one.told[-1].entries)) == ("ended", 3)
 
 
-def test_a_sigterm_before_the_first_record_leaves_no_entry(play: Played) -> None:
+@pytest.mark.parametrize("damage", ["", "no record\n{}\n"])
+def test_a_sigterm_without_a_record_that_can_be_read_leaves_no_entry(
+    play: Played, tmp_path: Path, damage: str
+) -> None:
     def end() -> None:
+        (path,) = tmp_path.glob("runs/*/*/records.jsonl")
+        path.write_text(damage)
         raise Terminated
 
     one = Doubling()

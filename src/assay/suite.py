@@ -178,10 +178,11 @@ def _measure(
 
 
 def _so_far(case: Case, arms: tuple[Arm, ...], folder: Path | None) -> list[Entry]:
-    """What a case that was broken off has on disk: an entry, or none without a record."""
-    if folder is None or not (folder / RECORDS).exists():
-        return []
-    records = tuple(latest(read_records(folder)))
+    """What a case that was broken off has on disk: an entry, or none without a record that can be read."""
+    records: tuple[Record, ...] = ()
+    if folder is not None and (folder / RECORDS).exists():
+        with suppress(StoreError):  # a damaged line, which resuming will tell
+            records = tuple(latest(read_records(folder)))
     return [Entry(case=case, arms=arms, records=records)] if records else []
 
 

@@ -55,15 +55,19 @@ class Watching:
         """Nothing to close."""
 
 
+def by_turns(*arms: Watching, times: int) -> None:
+    """A sample of each, in one process."""
+    channels = [InlineChannel(arm) for arm in arms]
+    for channel in times * channels:
+        channel.send(Sample())
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_switch_that_an_arm_changes_is_changed_for_that_arm_alone(name: str) -> None:
     before = settings.current()
     assert before.keys() == CHANGES.keys()
     changing, other = Watching(CHANGES[name]), Watching()
-    channels = InlineChannel(changing), InlineChannel(other)
-    for _ in range(3):
-        for channel in channels:
-            channel.send(Sample())
+    by_turns(changing, other, times=3)
     assert settings.current() == before
     assert other.found == [before] * 3
     first, *later = changing.found
@@ -91,10 +95,7 @@ def test_float32_precision_may_be_chosen_by_backend() -> None:
         matmul.fp32_precision = "tf32"
 
     arm, other = Watching(choose), Watching()
-    channels = InlineChannel(arm), InlineChannel(other)
-    for _ in range(2):
-        for channel in channels:
-            channel.send(Sample())
+    by_turns(arm, other, times=2)
     assert settings.current() == before
     assert other.found == [before] * 2
     assert arm.found[1]["float32 precision"][0] == "tf32"
