@@ -36,6 +36,7 @@ from assay.wire import (
     Request,
     Sample,
     Sampled,
+    Settle,
     Traced,
     TraceMemory,
     Warm,
@@ -140,7 +141,7 @@ class Scripted:
                 return Gated(figures=[PASSED])
             case Warm():
                 return Ready(warm_up=WarmUp(steps=1, steady=True), inner=1, clock="wall", resolution_ns=100.0)
-            case Sample():
+            case Settle() | Sample():
                 phases = self._phases_ns()
                 return Sampled(timing=Timing(step_ns=self.step_ns, wall_ns=self.step_ns, phases_ns=phases))
             case Finish():

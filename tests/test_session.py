@@ -3,20 +3,26 @@
 import math
 import os
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from assay import session
 from assay.channel import Channel
 from assay.errors import UsageError
-from assay.measure.record import Case, Status
+from assay.measure.clock import Timing
+from assay.measure.loop import WarmUp
+from assay.measure.record import Case, Cold, Status
 from assay.measure.store import read_records, read_samples
 from assay.measure.verdict import compare_records, exit_code
+from assay.pairs import plain_pairs
 from assay.wire import (
     Build,
+    Built,
     Check,
     Failure,
     Finish,
@@ -24,9 +30,12 @@ from assay.wire import (
     MeasureMemory,
     Open,
     Oracle,
+    Ready,
     Reply,
     Request,
     Sample,
+    Sampled,
+    Settle,
     TraceMemory,
     Warm,
 )
@@ -64,7 +73,8 @@ def test_arm_is_gated_warmed_sampled_proved_and_gated_again_in_this_order() -> N
     stage = Stage()
     play(stage, arms=("a", "b"), launches=1, benchmark_steps=2)
     worker = stage.opened[-1]
-    assert [type(r) for r in worker.asked] == [Build, MeasureMemory, Gate, Warm, Sample, Sample, Finish, Gate]
+    before = [Build, MeasureMemory, Gate, Warm, Settle, Settle]
+    assert [type(r) for r in worker.asked] == [*before, Sample, Sample, Finish, Gate]
     assert [r.stage for r in worker.asked if isinstance(r, Gate)] == ["before", "after"]
 
 
@@ -78,6 +88,78 @@ def test_arms_of_a_launch_build_and_measure_memory_one_after_the_other() -> None
     play(Stage(faults={"a": watch, "b": watch}), launches=1, benchmark_steps=1)
     launch = order[order.index(("a", "Build")) :]
     assert launch.index(("a", "MeasureMemory")) < launch.index(("b", "Build"))
+
+
+def test_each_arm_is_prepared_first_in_every_other_launch() -> None:
+    order: list[str] = []
+
+    def watch(arm: Scripted, request: Request) -> Reply | None:
+        if isinstance(request, Build | Warm):
+            order.append(f"{type(request).__name__} {arm.opening.arm.name}")
+        return None
+
+    play(Stage(faults={"a": watch, "b": watch}), launches=3, benchmark_steps=3)
+    a_first, b_first = (
+        ["Build a", "Build b", "Warm a", "Warm b"],
+        ["Build b", "Build a", "Warm b", "Warm a"],
+    )
+    assert order == [*a_first, *b_first, *a_first]
+
+
+def test_an_arm_that_waited_for_the_other_to_warm_up_is_not_the_slower_one() -> None:
+    slow_turns = dict.fromkeys("ab", 0)
+
+    def waiting(arm: Scripted, request: Request) -> Reply | None:
+        mine = arm.opening.arm.name
+        if isinstance(request, Warm):  # the other one waits, and its processor falls asleep
+            slow_turns.update({name: 3 if name != mine else 0 for name in slow_turns})
+        if isinstance(request, Settle | Sample) and slow_turns[mine] > 0:
+            slow_turns[mine] -= 1
+            return Sampled(timing=Timing(step_ns=2e6, wall_ns=2e6, phases_ns={"forward": 2e6}))
+        return None
+
+    records = play(Stage(faults=dict.fromkeys("ab", waiting)), launches=2, benchmark_steps=8).records
+    assert [set(r.samples_ns["step"]) for r in records] == [{1e6}] * 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("ranks", "follows"), [(1, True), (2, False)])
+def test_a_build_and_a_turn_begin_on_the_processor_where_the_last_one_ended(
+    ranks: int, follows: bool, seed: int
+) -> None:
+    """Each of its processors has neighbours of its own; ranks have several, and nobody follows them."""
+    told: list[tuple[str, int | None]] = []
+    ended: list[int | None] = [None]
+
+    def places(arm: Scripted, request: Request) -> Reply | None:
+        if not isinstance(request, Build | Settle | Sample):
+            return None
+        told.append((type(request).__name__, request.processor))
+        assert request.processor == (ended[-1] if follows else None)
+        ended.append(len(told))
+        if isinstance(request, Build):
+            cold = Cold(import_s=0.1, build_s=0.2, first_call_s=0.3)
+            return Built(cold=cold, phases=["forward"], work={}, model={}, processor=ended[-1])
+        timing = Timing(step_ns=1e6, wall_ns=1e6, phases_ns={"forward": 1e6})
+        return Sampled(timing=timing, processor=ended[-1])
+
+    stage = Stage(faults=dict.fromkeys("ab", places))
+    plan = scripted_plan("ab", launches=1, benchmark_steps=3, seed=seed)
+    arms = [plan.arms[0], msgspec.structs.replace(plan.arms[1], nproc=ranks)]
+    plan = replace(plan, arms=arms, pairs=plain_pairs(plan.cases, arms))
+    records = session.run(plan, None, Listener(), connect=stage.connect).records
+    assert [r.status for r in records] == [Status.OK] * 2
+    assert [kind for kind, _ in told] == ["Build"] * 2 + ["Settle"] * 6 + ["Sample"] * 6
+
+
+def test_where_a_sample_is_longer_than_all_dropped_turns_may_be_none_is_taken() -> None:
+    warm = WarmUp(steps=3, steady=True, last_s=0.3)
+    slow = Ready(warm_up=warm, inner=1, clock="wall", resolution_ns=100.0)
+    stage = Stage(faults={"b": at_request(Warm, slow)})
+    records = play(stage, launches=1, benchmark_steps=2).records
+    assert stage.total(Settle) == 0
+    assert stage.total(Sample) == 4
+    assert {r.method.settling_blocks for r in records if r.method} == {0}
 
 
 def test_memory_is_traced_where_that_is_asked_for_and_kept_in_the_record() -> None:

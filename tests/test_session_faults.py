@@ -243,9 +243,29 @@ def test_arms_that_do_not_fit_together_take_turns_on_the_device() -> None:
     records = play(stage, listener=listener).records
     assert statuses(records) == BOTH_OK
     assert {r.method.pairing for r in records if r.method} == {"alternating"}
+    assert {r.method.settling_blocks for r in records if r.method} == {0}
+    assert [r.method.order for r in records if r.method] == ["BBBB", "BBBB", "OOOO", "OOOO"]
     assert {len(r.samples_ns["step"]) for r in records} == {4}
     assert "do not fit together" in listener.notes[0]
     assert all(channel.closed for channel in stage.opened)
+
+
+def test_first_arm_of_a_launch_that_does_not_fit_alone_is_not_tried_again() -> None:
+    """In the second launch that is the other one."""
+    none = Failure(status="out_of_memory", reason="no room")
+    stage = Stage()
+
+    def crowded(arm: Scripted, request: Request) -> Reply | None:
+        later = sum(c.count(Build) > 0 for c in stage.opened if c.opening.arm.name == "b") > 1
+        return none if isinstance(request, Build) and later else None
+
+    stage.faults = {"b": crowded}
+    listener = Listener()
+    records = play(stage, listener=listener).records
+    assert statuses(records) == [
+        *((0, "a", "ok"), (0, "b", "ok"), (1, "a", "partner_failed"), (1, "b", "out_of_memory")),
+    ]
+    assert listener.notes == []
 
 
 def test_arm_that_does_not_fit_even_alone_is_out_of_memory() -> None:

@@ -17,6 +17,7 @@ import pytest
 from assay import plugins, worker
 from assay.contracts import Case, Claim, Options, Variant
 from assay.errors import Unavailable, UsageError
+from assay.measure import processor
 from assay.measure.record import Arm, Record, Status
 from assay.measure.store import read_records, read_samples
 from assay.plan import make_plan
@@ -34,6 +35,7 @@ from assay.wire import (
     Request,
     Sample,
     Sampled,
+    Settle,
     Warm,
     as_failure,
 )
@@ -97,6 +99,7 @@ def assert_method(record: Record) -> None:
     assert method
     assert (method.clock, method.isolation, method.pairing) == ("wall", "inline", "interleaved")
     assert (method.launches, method.lead_in, method.stop) == (2, 1, "4 blocks asked for")
+    assert 1 <= method.settling_blocks <= 4
     assert sorted(method.order) == ["B", "B", "O", "O"]
     assert method.warmup_steps >= 1
     mean_ns = record.summary["step"].mean_ns
@@ -410,6 +413,22 @@ def test_steps_that_were_slow_when_counted_are_counted_again() -> None:
     assert isinstance(ready, Ready)
     assert ready.inner > 10
     mine.close()
+
+
+def test_builds_and_turns_begin_where_they_are_told_and_say_where_they_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moved: list[int | None] = []
+    monkeypatch.setattr(processor, "move", moved.append)
+    monkeypatch.setattr(processor, "current", lambda: 7)
+    mine = runner([], [])
+    built = ask(mine, Build(processor=1))
+    ask(mine, Warm(floor=1))
+    turns = [ask(mine, Settle(processor=2)), ask(mine, Sample(processor=3)), ask(mine, Sample())]
+    assert moved == [1, 2, 3, None]
+    for answer in (built, *turns):
+        assert isinstance(answer, Built | Sampled)
+        assert answer.processor == 7
 
 
 def test_exception_in_a_sample_is_a_reply_and_the_runner_lives_on() -> None:

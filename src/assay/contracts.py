@@ -264,8 +264,8 @@ class Attempt:
 class Attempted:
     """The answer, MiB of 2^20 bytes: the peak of what was used and reserved, and what could have been.
 
-    `status` is `ok` where two steps fitted; the rest is known only then. Peaks are of the second one, on the
-    CPU of all that the process did.
+    `status` is `ok` where two steps fitted: peaks are of the second one, on the CPU of all that the process
+    did. Of `out_of_memory` they are the highest until then; else nothing is known of them.
     """
 
     asked: Attempt

@@ -57,10 +57,17 @@ class Launch:
     status: dict[str, tuple[Status, str]] = field(default_factory=dict)
     blocks: Blocks = field(default_factory=Blocks)
     pairing: str = "interleaved"
+    settling_blocks: int = 0
+    processor: int | None = None  # where the last build or turn ended, and the next one is to begin
+    one_process_each: bool = True
 
     def timings(self, pair: Pair, arm: Arm) -> list[Timing]:
         """The samples of one arm of the pair."""
         return self.blocks.baseline if arm.name == pair.baseline.name else self.blocks.other
+
+    def ended_on(self, processor: int | None) -> None:
+        """Note where a build or turn ended. Ranks are on several processors: nobody follows them."""
+        self.processor = processor if self.one_process_each else None
 
     @property
     def failed(self) -> bool:
@@ -237,6 +244,7 @@ class Journal:
             seed=self.config.seed,
             launches=self.config.launches,
             compile_cache="fresh" if self.config.fresh_compile else "shared",
+            settling_blocks=launch.settling_blocks,
         )
 
     def _warnings(self, pair: Pair, arm: Arm, launch: Launch, samples: dict[str, list[float]]) -> list[str]:

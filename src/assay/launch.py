@@ -39,12 +39,16 @@ from assay.wire import (
     Ready,
     Sample,
     Sampled,
+    Settle,
     Traced,
     TraceMemory,
     Warm,
 )
 
 __all__ = ["Launcher", "status_of"]
+
+SETTLE_S = 0.25  # turns that are not kept, before those that are
+SETTLE_BLOCKS = 16
 
 
 class Launcher:
@@ -69,12 +73,13 @@ class Launcher:
 
         Where it is known which pair is `following`, its workers start once nothing is timed.
         """
+        launch.one_process_each = all(arm.nproc == 1 for arm in pair.arms)
         try:
             try:
                 self._prepare_pair(pair, launch)
                 self._measure_pair(pair, made, launch, following)
             except _Trouble as e:
-                together = e.arm == pair.other.name or pair.other.name in launch.built
+                together = e.arm == pair.turns(launch.number)[-1].name or len(launch.built) == len(pair.arms)
                 together = together and not pair.alone
                 if e.status is not Status.OUT_OF_MEMORY or not together:
                     raise
@@ -97,7 +102,7 @@ class Launcher:
                 waiting = self._waiting.pop(arm.name, None)
                 launch.channels[arm.name] = waiting or self.workers.open(pair.case, arm)
         self.close_waiting()
-        for arm in pair.arms:
+        for arm in pair.turns(launch.number):
             self._prepare(pair.case, arm, launch)
 
     def _prepare(self, case: Case, arm: Arm, launch: Launch) -> None:
@@ -105,7 +110,9 @@ class Launcher:
         with _blaming(arm):
             self.observer.doing(case, arm.name, "building")
             answer(channel, Opened)
-            launch.built[arm.name] = ask(channel, Build(), Built)
+            built = ask(channel, Build(processor=launch.processor), Built)
+            launch.built[arm.name] = built
+            launch.ended_on(built.processor)
             self.observer.doing(case, arm.name, "measuring memory")
             launch.memory[arm.name] = ask(channel, MeasureMemory(), Memory)
             if self.config.trace_memory and arm.nproc == 1:
@@ -113,10 +120,12 @@ class Launcher:
 
     def _measure_pair(self, pair: Pair, made: OracleMade, launch: Launch, following: Pair | None) -> None:
         """Gate, warm up, interleave, gate again on fresh inputs, prove."""
-        for arm in pair.arms:
+        turns = pair.turns(launch.number)
+        for arm in turns:
             self._gate(pair.case, arm, made, "before", launch)
-        for arm in pair.arms:
+        for arm in turns:
             self._warm(pair.case, arm, launch)
+        self._settle(pair, launch)
         with self.interrupt.finishing_first():
             launch.blocks = self._solo(pair, launch) if pair.alone else self._interleave(pair, launch)
             if following is not None:
@@ -139,17 +148,36 @@ class Launcher:
             warm = Warm(floor=self.config.warmup_steps)
             launch.ready[arm.name] = ask(launch.channels[arm.name], warm, Ready)
 
+    def _settle(self, pair: Pair, launch: Launch) -> None:
+        """Turns that nobody keeps: what was warmed up first has waited since, and would start slower.
+
+        Where a sample takes longer than all of them may, the lead-in of the first one is enough.
+        """
+        if pair.alone or max(ready.warm_up.last_s for ready in launch.ready.values()) > SETTLE_S:
+            return
+        asked = self._asked_blocks(pair.case, launch.number)
+        end = time.monotonic() + SETTLE_S
+        for _ in range(min(SETTLE_BLOCKS, asked or SETTLE_BLOCKS)):
+            if time.monotonic() >= end:
+                break
+            for arm in pair.turns(launch.number):
+                self._turn(arm, launch, Settle)
+            launch.settling_blocks += 1
+
+    def _turn(self, arm: Arm, launch: Launch, kind: type[Settle | Sample]) -> Timing:
+        """One turn of an arm, beginning where the last one ended."""
+        with _blaming(arm):
+            found = ask(launch.channels[arm.name], kind(processor=launch.processor), Sampled)
+        launch.ended_on(found.processor)
+        return found.timing
+
     def _interleave(self, pair: Pair, launch: Launch) -> Blocks:
         """Blocks of one sample of each arm, in random balanced order, every sample written as it comes."""
         asked = self._asked_blocks(pair.case, launch.number)
         begin = time.monotonic()
 
         def turn(arm: Arm) -> Callable[[], Timing]:
-            def sample() -> Timing:
-                with _blaming(arm):
-                    return ask(launch.channels[arm.name], Sample(), Sampled).timing
-
-            return sample
+            return lambda: self._turn(arm, launch, Sample)
 
         def on_block(blocks: Blocks) -> None:
             self.journal.sample(pair, launch.number, blocks, len(blocks.order) - 1)
@@ -230,10 +258,10 @@ class Launcher:
     def _alternate(self, pair: Pair, made: OracleMade, launch: Launch) -> None:
         """The pair does not fit together: each arm alone on the device, one after the other."""
         self.observer.note(f"{pair.case}: the arms do not fit together; they take turns on the device")
-        launch.pairing = "alternating"
+        launch.pairing, launch.settling_blocks = "alternating", 0
         asked = self._asked_blocks(pair.case, launch.number)
-        taken: list[list[Timing]] = []
-        for arm in pair.arms:
+        taken: dict[str, list[Timing]] = {}
+        for arm in pair.turns(launch.number):
             for channel in launch.channels.values():
                 channel.close()
             with _blaming(arm):
@@ -242,13 +270,15 @@ class Launcher:
             self._prepare(pair.case, arm, launch)
             self._gate(pair.case, arm, made, "before", launch)
             self._warm(pair.case, arm, launch)
-            taken.append(self._alone(arm, launch, asked))
+            taken[arm.name] = self._alone(arm, launch, asked)
             if self.interrupt.asked:
                 return
             self._close_arm(pair.case, arm, made, launch)
-        n = min(map(len, taken))
+        baseline, other = (taken[arm.name] for arm in pair.arms)
+        n = min(len(baseline), len(other))
         stop = f"{n} samples of each arm alone"
-        launch.blocks = Blocks(baseline=taken[0][:n], other=taken[1][:n], order="B" * n, stop=stop)
+        first = "B" if launch.number % 2 == 0 else "O"
+        launch.blocks = Blocks(baseline=baseline[:n], other=other[:n], order=first * n, stop=stop)
         for block in range(n):
             self.journal.sample(pair, launch.number, launch.blocks, block)
 

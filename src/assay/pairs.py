@@ -35,6 +35,10 @@ class Pair:
         """Baseline first; an arm without another once."""
         return (self.baseline,) if self.alone else (self.baseline, self.other)
 
+    def turns(self, launch: int) -> tuple[Arm, ...]:
+        """The arms in the order in which a launch prepares them: each is first in every other launch."""
+        return self.arms[:: -1 if launch % 2 else 1]
+
     @property
     def alone(self) -> bool:
         """Whether this is one arm: gated, measured and kept like any, and compared with none."""

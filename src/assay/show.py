@@ -52,6 +52,13 @@ def check_output(output: str) -> None:
     check_writable(Path(output).absolute().parent)
 
 
+def trial_line(tried: Attempted) -> str:
+    """What became of a trial for size."""
+    params = ", ".join(f"{k}={v}" for k, v in tried.asked.case.params.items())
+    became = f"fits, {tried.peak_mib:,.1f} MiB" if tried.fits else str(tried.status)
+    return f"{tried.asked.arm.name} {params}: {became}"
+
+
 def execute_suite(name: str, options: Options, folder: str | None, *, device: str, resume: bool) -> int:
     """Run a suite, print its KPIs and where its files are; return the exit code."""
     from rich.console import Console
@@ -66,10 +73,7 @@ def execute_suite(name: str, options: Options, folder: str | None, *, device: st
         return RichProgress(console)
 
     def tell(tried: Attempted) -> None:
-        params = ", ".join(f"{k}={v}" for k, v in tried.asked.case.params.items())
-        became = tried.status if tried.peak_mib is None else f"fits, {tried.peak_mib:,.1f} MiB"
-        line = f"{tried.asked.arm.name} {params}: {became}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True, style="dim")
+        console.print(trial_line(tried), markup=False, highlight=False, soft_wrap=True, style="dim")
 
     found = plugins.find("suites", name)
     place = Path(folder) if folder else None

@@ -35,6 +35,7 @@ __all__ = [
     "Request",
     "Sample",
     "Sampled",
+    "Settle",
     "TraceMemory",
     "Traced",
     "Warm",
@@ -99,7 +100,12 @@ class Gated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Build(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Build the arm at the case's dtype, load the weights, make one first call."""
+    """Build the arm at the case's dtype, load the weights, make one first call.
+
+    `processor` here and below: where to begin, as another answer said that it ended there.
+    """
+
+    processor: int | None = None
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -109,6 +115,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     phases: list[str]
     work: dict[str, Work]
     model: dict[str, Scalar]
+    processor: int | None = None  # on which it ended, here and below
 
 
 class MeasureMemory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -146,12 +153,20 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One turn: an untimed lead-in, then one sample."""
 
     lead_in: int = 1
+    processor: int | None = None
+
+
+class Settle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One turn that nobody keeps, answered like the others."""
+
+    processor: int | None = None
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The sample."""
 
     timing: Timing
+    processor: int | None = None
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -179,7 +194,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     remedy: str = ""
 
 
-Request = Open | Oracle | Check | Build | MeasureMemory | TraceMemory | Gate | Warm | Sample | Finish
+Request = Open | Oracle | Check | Build | MeasureMemory | TraceMemory | Gate | Warm | Settle | Sample | Finish
 Reply = Opened | OracleMade | Gated | Built | Memory | Traced | Ready | Sampled | Finished | Failure
 
 

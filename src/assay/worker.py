@@ -25,7 +25,7 @@ import msgspec
 from assay import audit, gate, plan, plugins
 from assay.contracts import Case, Options, System, Trial, Variant, Workload
 from assay.errors import AssayError, Unavailable, WorkerError
-from assay.measure import clock, device, environment, memory, saved, timeline, validity
+from assay.measure import clock, device, environment, memory, processor, saved, timeline, validity
 from assay.measure.loop import Sampler
 from assay.measure.record import Cold, Figure, Memory, Scalar, Status
 from assay.oracle import STAGES, OracleMaker, at, captured, load_answers, probe_figures, state_path
@@ -47,6 +47,7 @@ from assay.wire import (
     Request,
     Sample,
     Sampled,
+    Settle,
     Traced,
     TraceMemory,
     Warm,
@@ -118,7 +119,8 @@ class Runner:
             case Check():
                 return self.check(request.made)
             case Build():
-                return self.build()
+                processor.move(request.processor)
+                return msgspec.structs.replace(self.build(), processor=processor.current())
             case MeasureMemory():
                 return self.measure_memory()
             case TraceMemory():
@@ -127,8 +129,12 @@ class Runner:
                 return self.gate(request.made, request.stage)
             case Warm():
                 return self.warm(request.floor)
+            case Settle():
+                processor.move(request.processor)
+                return Sampled(timing=self._ready().sample(), processor=processor.current())
             case Sample():
-                return self.sample(request.lead_in)
+                processor.move(request.processor)
+                return msgspec.structs.replace(self.sample(request.lead_in), processor=processor.current())
             case Finish():
                 return self.finish(profile=request.profile)
             case Open():

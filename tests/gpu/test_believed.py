@@ -5,7 +5,7 @@ import torch
 
 import assay
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 ELEMENTS = 1 << 22  # 16 MiB read, 16 MiB written: about ten microseconds
 

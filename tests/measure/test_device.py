@@ -206,6 +206,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_gpu_ceilings_are_measured_and_agree_with_the_driver_on_the_device(cache: Path) -> None:
     measured = measure_ceilings("cuda")
     assert measured.key.startswith("GPU-") and measured.cache_bytes

@@ -136,6 +136,7 @@ methods = st.builds(
     lead_in=st.integers(0, 3),
     seed=st.integers(0, 2**31),
     launches=st.integers(1, 9),
+    settling_blocks=st.integers(0, 16),
 )
 any_record = st.builds(
     make_record,

@@ -467,6 +467,7 @@ def _method(blocks: int, launch: int) -> Method:
         lead_in=1,
         seed=launch,
         launches=5,
+        settling_blocks=16,
     )
 
 

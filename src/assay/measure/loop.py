@@ -33,10 +33,11 @@ class Step(Protocol):
 
 
 class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
-    """How warm-up went: steps used, and whether the times were steady at the end."""
+    """How warm-up went: steps used, whether times were steady at the end, what the last sample took."""
 
     steps: int
     steady: bool
+    last_s: float = 0.0
 
 
 class Sampler:
@@ -82,19 +83,20 @@ class Sampler:
         """
         limit = max(floor, 5 * floor + 20) if limit is None else limit
         times: list[float] = []
-        spent = 0.0
+        spent = last_s = 0.0
         while len(times) < limit:
             timing = self.sample(lead_in=0)
             times.append(timing.step_ns)
-            spent += timing.wall_ns * self.inner
+            last_s = timing.wall_ns * self.inner / 1e9
+            spent += last_s
             if len(times) < floor:
                 continue
-            few = spent > _LONG_S * 1e9 and len(times) < STEADY_MIN
+            few = spent > _LONG_S and len(times) < STEADY_MIN
             if is_steady(times) or floor == 0 or (few and are_alike(times)):
-                return WarmUp(steps=len(times), steady=True)
-            if spent > max_s * 1e9:
+                return WarmUp(steps=len(times), steady=True, last_s=last_s)
+            if spent > max_s:
                 break
-        return WarmUp(steps=len(times), steady=bool(times) and is_steady(times))
+        return WarmUp(steps=len(times), steady=bool(times) and is_steady(times), last_s=last_s)
 
 
 @dataclass

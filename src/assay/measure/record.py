@@ -329,6 +329,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     launches: int  # asked for
     compile_cache: str = "shared"  # shared | fresh
+    settling_blocks: int = 0  # taken before those that are kept, and dropped
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

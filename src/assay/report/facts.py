@@ -285,6 +285,7 @@ def method_rows(view: CaseView) -> list[tuple[str, str]]:
     return [
         *rows,
         ("warm-up", f"{_range(m.warmup_steps for m in methods)} steps, {steady}"),
+        ("blocks dropped before the first", _range(m.settling_blocks for m in methods)),
         ("untimed calls before a turn", _range(m.lead_in for m in methods)),
         ("steps in a sample", _range(m.inner for m in methods)),
         ("clock", _distinct(m.clock for m in methods)),

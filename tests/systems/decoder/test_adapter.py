@@ -270,3 +270,16 @@ def test_reference_takes_the_state_of_the_model() -> None:
     assert error(oracle.forward(token_ids(1, 9)), model(token_ids(1, 9)).logits.detach()) < 1e-6
     with pytest.raises(UsageError, match="the reference has no optimizer"):
         oracle.optimizer_step("sgd")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")],
+)
+def test_a_builder_that_runs_out_of_memory_is_no_mistake_of_its_user(error: Exception) -> None:
+    def greedy() -> nn.Module:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        build_module(greedy, "greedy", None)
+    assert caught.value is error

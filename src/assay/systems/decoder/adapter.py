@@ -41,11 +41,14 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 def build_module(builder: Callable[..., Any], name: str, case: object) -> nn.Module:
     """Call a user's builder, with the case where it takes an argument, and return its module.
 
-    Raises UsageError with the builder's own error, or with what it returned in place of a module.
+    Raises UsageError with the builder's own error, or with what it returned in place of a module; that it ran
+    out of memory is no mistake of its user, and raised as it is.
     """
     try:
         module = builder(case) if _takes_argument(builder) else builder()
     except Exception as e:
+        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(e):
+            raise
         got = f"{type(e).__name__}: {' '.join(str(e).split())}"
         raise UsageError(f"builder '{name}' raised", expected="an nn.Module", got=got) from e
     if not isinstance(module, nn.Module):
