@@ -33,6 +33,7 @@ PARTS = {
     "TraceMemory": "memory",
     "Gate before": "gate",
     "Warm": "warm-up",
+    "Settle": "warm-up",
     "Sample": "sampling",
     "Finish": "proof",
     "Gate after": "gate again",

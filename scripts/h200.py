@@ -1,16 +1,18 @@
 """The GPU programme: every run whose figures docs/results.md states, one after the other.
 
-    python3 scripts/h200.py [--only NAME,...] [--gpus 0,1,...] [--out FOLDER]
+    python3 scripts/h200.py [--only NAME,...] [--gpus 0,1,...] [--within SECONDS] [--out FOLDER]
 
 Each run goes through the public command line; its records end up in FOLDER/NAME.jsonl. The doctor goes first
 where this machine's ceilings are not known yet, and `two-gpus` is left out where there is one. A run that
 fails is reported and the rest go on; the exit status is the number of runs whose exit code was not expected.
-With --gpus each run has GPUs of its own, and the arms of a run still alternate on the same one.
+With --gpus each run has GPUs of its own, and the arms of a run still alternate on the same one. With --within
+a run that is not over by then is ended, what it has recorded kept, and those after it are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import shutil
@@ -87,6 +89,16 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "phase2": ("phase2 --kpi --device cuda", 1),  # 4 million tokens a second is missed: docs/phase2-model.md
+    "phase2-cases": (
+        "phase2 --device cuda --launches 2 --time-budget 4 --case throughput-small,throughput-base,"
+        "throughput-backward,throughput-scaling,memory-base,memory-dtype,memory-scaling",
+        1,
+    ),
+    "phase2-kernel": (
+        "phase2 --device cuda --launches 2 --time-budget 4 "
+        "--case bk-core-small,bk-core-medium,bk-core-scaling",
+        0,
+    ),
     "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,checkpoint", 0),
     "vram-short-auto": (
         f"{VRAM_SHORT} --policy off,offload,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15",
@@ -126,8 +138,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default=",".join(RUNS), help="names, separated by commas, longest first")
     parser.add_argument("--gpus", default="", help="numbers: runs go side by side, each on GPUs of its own")
+    parser.add_argument("--within", type=float, default=math.inf, help="seconds for all of it")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/h200")))
     arguments = parser.parse_args()
+    END[0] = time.monotonic() + arguments.within
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.out.mkdir(parents=True, exist_ok=True)
     names, gpus = arguments.only.split(","), [gpu for gpu in arguments.gpus.split(",") if gpu]
@@ -169,16 +183,22 @@ def side_by_side(names: list[str], gpus: list[str], out: Path) -> int:
             raise
 
 
-def keep(place: Path, out: Path, name: str) -> None:
-    """Copy the records of a run, or of all the runs of a suite and what it says of its KPIs."""
+def keep(place: Path, out: Path, name: str, *, ended: bool) -> None:
+    """Copy the records of a run, or of all the runs of a suite and what it says of its KPIs.
+
+    What is there of a run that was broken off does not take the place of a whole one's.
+    """
+    name = name if ended or not (out / f"{name}.jsonl").exists() else f"{name}.partial"
     found = [place / "records.jsonl", *sorted(place.glob("runs/*/*/records.jsonl"))]
-    if records := [path.read_bytes() for path in found if path.exists()]:
-        (out / f"{name}.jsonl").write_bytes(b"".join(records))
+    if records := b"".join(path.read_bytes() for path in found if path.exists()):
+        (out / f"{name}.jsonl").write_bytes(records)
     for report in (*place.glob("*_comprehensive_report.json"), *place.glob("vram_*.json")):
         shutil.copy(report, out / f"{name}.json")
 
 
 RUNNING: set[subprocess.Popen[bytes]] = set()
+STOPPED = (130, 143, -signal.SIGTERM)  # exit codes
+END = [math.inf]  # of time.monotonic(): when no run may go on
 
 
 def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
@@ -187,6 +207,9 @@ def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
     On given GPUs its output is kept and printed in one piece.
     """
     begin = time.monotonic()
+    if begin >= END[0]:
+        print(f"== {name}: left out, no time is left", flush=True)
+        return True
     command, expected = RUNS[name]
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb+") as log:
         place = Path(folder) / "run"
@@ -201,12 +224,15 @@ def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
         child = subprocess.Popen(parts, env={**os.environ, **seen}, stdout=sink, stderr=sink)
         RUNNING.add(child)
         try:
+            code = child.wait(None if END[0] == math.inf else END[0] - begin)
+        except subprocess.TimeoutExpired:
+            child.terminate()
             code = child.wait()
         finally:  # also when this programme is stopped: the device time is paid for
             child.terminate()
             child.wait()
             RUNNING.discard(child)
-            keep(place, out, name)
+            keep(place, out, name, ended=child.returncode not in STOPPED)
             log.seek(0)
             print(log.read().decode(errors="replace"), end="", flush=True)
     took = time.monotonic() - begin

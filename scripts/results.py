@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import runpy
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import msgspec
 from assay.config import from_mapping
 from assay.contracts import Attempted, Case, Entry, SuiteRun
 from assay.measure.kpi import KPIStatus, judge_kpis
-from assay.measure.record import Record, Scalar
+from assay.measure.record import Environment, Record, Scalar
 from assay.measure.store import read_records
 from assay.measure.verdict import Comparison
 from assay.report import attribution, facts, sweeps, words
@@ -44,7 +45,7 @@ def main() -> None:
     """Write the page."""
     runs = runpy.run_path(str(ROOT / "scripts" / "h200.py"))["RUNS"]
     sections = [section(name, command) for name, (command, _) in runs.items()]
-    PAGE.write_text("\n".join([HEAD, *filter(None, sections)]), encoding="utf-8")
+    PAGE.write_text("\n".join([HEAD, *filter(None, [*sections, alarms_section()])]), encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")
 
 
@@ -74,6 +75,49 @@ def section(name: str, command: str) -> str:
             *table(headers, facts.sweep_cells(sweep), numbers),
             "",
         ]
+    return "\n".join(lines)
+
+
+def alarms_section() -> str:
+    """The series of `benchmarks/false_alarms.py`, a row for each verdict."""
+    path = RECORDS / "false-alarms.jsonl"
+    if not path.exists():
+        return ""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import false_alarms
+
+    verdicts = false_alarms.read(path)
+    if not verdicts:
+        return ""
+    same, slower = ([v for v in verdicts if v.series == name] for name in ("same", "slower"))
+    rows = [
+        (
+            v.series,
+            str(v.number),
+            words.ratio(v.comparison.interval) if v.comparison.interval else v.comparison.reason,
+            words.verdict_word(v.comparison),
+            f"{v.took_s:.0f} s",
+        )
+        for v in verdicts
+    ]
+    headers = ("series", "number", "ratio", "verdict", "took")
+    lines = [
+        "## false-alarms",
+        "",
+        f"    python benchmarks/false_alarms.py --device cuda --shape seed --same {len(same)} "
+        f"--slower {len(slower)}",
+        "",
+        *([machine(verdicts[0].environment), ""] if verdicts[0].environment else []),
+        *([f"A build against itself: {false_alarms.of_same(same)[0]}."] if same else []),
+        *(
+            [f"{false_alarms.EXTRA['cuda'][0]} extra work {false_alarms.of_slower(slower)[0]}."]
+            if slower
+            else []
+        ),
+        "",
+        *table(headers, rows, ("number", "took")),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -144,12 +188,13 @@ def where(records: Sequence[Record]) -> str:
             if records
             else "Trials for size alone, which do not name their machine."
         )
-    packages = ", ".join(
-        f"{n} {v}" for n, v in found.packages.items() if n in ("torch", "triton", "transformers")
-    )
-    return (
-        f"{found.device}, driver {found.driver}, Python {found.python}, {packages}; {records[0].started[:10]}"
-    )
+    return f"{machine(found)}; {records[0].started[:10]}"
+
+
+def machine(found: Environment) -> str:
+    """The device and the software."""
+    packages = (f"{n} {v}" for n, v in found.packages.items() if n in ("torch", "triton", "transformers"))
+    return f"{found.device}, driver {found.driver}, Python {found.python}, {', '.join(packages)}"
 
 
 def case_lines(view: CaseView) -> Iterator[str]:

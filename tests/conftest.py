@@ -40,6 +40,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device (scripts/gpu runs these)")
+    if item.get_closest_marker("alone") is not None and "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("wants the GPU to itself: run it without -n")
 
 
 _modules = [0]  # how many were loaded when their objects were last put out of the collector's sight

@@ -1,18 +1,20 @@
 """The command line: exit codes, one line for every mistake, files that repeat the run. Arms are scripted."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from assay import channel, cli, config, session
+from assay import channel, cli, config, doctor, session
 from assay.measure import device
 from assay.measure.record import Record
 from assay.measure.store import read_records
@@ -363,6 +365,21 @@ def test_calibration_that_cannot_be_is_refused_before_anything_is_measured(
     assert run("doctor", "--device", "cpu", "--calibrate", *asked) == 4
     caught = capsys.readouterr()
     assert (caught.out, len(caught.err.splitlines())) == ("", 1)
+
+
+@pytest.mark.parametrize(("forbidden", "said"), [(True, "unset PYTHONDONTWRITEBYTECODE"), (False, "")])
+def test_doctor_says_where_every_worker_compiles_torch_again(
+    forbidden: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModuleSpec("torch", None, origin=str(tmp_path / "torch.py"))
+    spec.cached = str(tmp_path / "torch.pyc")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: spec)
+    monkeypatch.setattr(sys, "dont_write_bytecode", forbidden)
+    (line,) = [line for line in doctor.missing("cpu") if line.startswith("slow")]
+    assert said in line
+    assert "set PYTHONPYCACHEPREFIX" in line
+    Path(spec.cached).touch()
+    assert [line for line in doctor.missing("cpu") if line.startswith("slow")] == []
 
 
 def test_calibration_keeps_what_it_has_where_the_next_workload_fails(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 from assay import session
 from assay.config import RunConfig
@@ -87,7 +89,7 @@ def device_line(where: str) -> str:
 
 
 def missing(where: str) -> list[str]:
-    """A line for everything that some arm or report would need and that is not here, with its remedy."""
+    """A line, with its remedy, for what some arm would need and is not here, and for what slows all down."""
     found = [
         f"missing     {name}, for {purpose}: {remedy}"
         for name, (purpose, remedy) in EXTRAS.items()
@@ -97,7 +99,23 @@ def missing(where: str) -> list[str]:
         found.append("missing     a CUDA device, for CUDA graphs and every GPU figure")
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             found.append("missing     a C++ compiler, for torch.compile on the CPU: install g++")
+    if why := uncompiled():
+        found.append(why)
     return found
+
+
+def uncompiled() -> str:
+    """What to do where every worker compiles torch's source again; empty where its bytecode is kept.
+
+    Asked once torch is imported here: where Python may write bytecode, it has.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.cached is None or Path(spec.cached).exists():
+        return ""
+    remedy = "set PYTHONPYCACHEPREFIX to a folder that lasts and can be written"
+    if sys.dont_write_bytecode:
+        remedy = f"unset PYTHONDONTWRITEBYTECODE; where torch's folder cannot be written, {remedy}"
+    return f"slow        Python keeps no bytecode of torch, and every worker compiles it again: {remedy}"
 
 
 def calibration_plan(where: str, workload: str, launches: int) -> Plan:

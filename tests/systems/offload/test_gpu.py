@@ -5,7 +5,6 @@ And plans: what they predict is what comes.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Iterator
 
@@ -118,7 +117,7 @@ def test_peak_falls_by_what_left(model: nn.Module, x_BC: Tensor) -> None:
     assert without - peak(lambda: _step(model, x_BC, offload)) > offload.statistics.bytes_out / 2
 
 
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="times copies: other tests must not run")
+@pytest.mark.alone
 def test_copies_run_beside_compute(model: nn.Module, x_BC: Tensor) -> None:
     """A product takes longer than a copy here, so most of the copying must hide; on one stream none does."""
 
@@ -207,6 +206,7 @@ def test_gradients_of_plans_are_bit_identical(stack: nn.Sequential, h_BC: Tensor
         assert planned.statistics.bytes_back > 0
 
 
+@pytest.mark.alone
 def test_plan_does_what_it_predicts(stack: nn.Sequential, h_BC: Tensor) -> None:
     """Peaks within 10% and 64 MiB; times are printed, and held to within a third."""
 
