@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from assay import suite
+from assay import show, suite
 from assay.contracts import (
     KPI,
     Arm,
@@ -416,7 +416,9 @@ def up_to_32(asked: list[int]) -> Callable[[Attempt], Attempted]:
         length = int(question.case.params["seq_length"])
         asked.append(length)
         if length > 32:
-            return Attempted(asked=question, status=Status.OUT_OF_MEMORY, reason="scripted")
+            return Attempted(
+                asked=question, status=Status.OUT_OF_MEMORY, reason="scripted", peak_mib=60, reserved_mib=64
+            )
         return Attempted(asked=question, status=Status.OK, peak_mib=length, reserved_mib=length, limit_mib=64)
 
     return answer
@@ -429,6 +431,8 @@ def test_plan_is_told_what_fits_and_the_run_has_every_answer(play: Played, tmp_p
     run = play(one, try_=up_to_32(asked), tell=told.append)
     assert asked == [16, 32, 64]
     assert told == list(run.attempts)
+    said = [show.trial_line(tried).rpartition(": ")[2] for tried in told]
+    assert said == ["fits, 16.0 MiB", "fits, 32.0 MiB", "out_of_memory"]
     assert [tried.fits for tried in one.told_of] == [True, True, True, False]
     assert list(run.attempts) == [one.told_of[i] for i in (0, 1, 3)]
     assert [len(r.attempts) for r in one.told] == [0, 3]

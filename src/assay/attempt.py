@@ -13,6 +13,7 @@ import os
 import signal
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -156,19 +157,25 @@ def _serve(sink: Connection, request: Attempt) -> None:
         runner.build()  # with a first step; what it leaves, an optimizer's state for one, the second meets
         counted.restart()
         runner.step_again()
-        answer = Attempted(
-            asked=request,
-            status=Status.OK,
-            peak_mib=counted.peak_bytes / MIB,
-            reserved_mib=counted.reserved_bytes / MIB,
-            limit_mib=counted.limit_bytes / MIB,
-        )
+        answer = _counted(_ended(request, Status.OK, ""), counted)
     except BaseException as e:
         if counted is not None:
             counted.lift()
         answer = _failed(request, e)
+        if counted is not None and answer.status is Status.OUT_OF_MEMORY:
+            with contextlib.suppress(Exception):  # a device that failed may not say
+                answer = _counted(answer, counted)
     sink.send(answer)
     os._exit(0)  # the answer is all that is wanted: nothing to close in order
+
+
+def _counted(answer: Attempted, counted: Budget) -> Attempted:
+    return replace(
+        answer,
+        peak_mib=counted.peak_bytes / MIB,
+        reserved_mib=counted.reserved_bytes / MIB,
+        limit_mib=counted.limit_bytes / MIB,
+    )
 
 
 def _poisoned() -> bool:

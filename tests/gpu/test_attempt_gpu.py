@@ -25,6 +25,7 @@ def asked(batch: int, limit_mib: int | None) -> Attempt:
     )
 
 
+@pytest.mark.alone
 def test_a_budget_on_the_device_is_kept() -> None:
     small, large = attempt(asked(1, 8000)), attempt(asked(4, 8000))
     assert (small.fits, large.fits) == (True, True), small.reason + large.reason
@@ -34,6 +35,8 @@ def test_a_budget_on_the_device_is_kept() -> None:
     assert small.peak_mib < large.peak_mib <= large.reserved_mib <= 8000
     assert large.limit_mib == pytest.approx(8000, rel=0.01)
     beyond = attempt(asked(4, int(large.peak_mib * 0.9)))
+    assert beyond.peak_mib is not None
+    assert small.peak_mib < beyond.peak_mib <= large.peak_mib * 0.9
     assert (beyond.status, beyond.fits) == (Status.OUT_OF_MEMORY, False)
     free, _ = torch.cuda.mem_get_info()
     again = attempt(asked(4, None))

@@ -39,7 +39,13 @@ def machine(base: float, per_token: float, square: float = 0.0, **ends: tuple[St
             return Attempted(asked=question, status=status, reason=reason)
         peak = base + batch * length * (per_token + square * length)
         if peak > LIMIT:
-            return Attempted(asked=question, status=Status.OUT_OF_MEMORY, reason="2.1 GiB asked for")
+            return Attempted(
+                asked=question,
+                status=Status.OUT_OF_MEMORY,
+                reason="2.1 GiB asked for",
+                peak_mib=LIMIT - 8,
+                reserved_mib=LIMIT,
+            )
         return Attempted(
             asked=question, status=Status.OK, peak_mib=peak, reserved_mib=1.03 * peak, limit_mib=LIMIT
         )
@@ -70,6 +76,7 @@ def test_the_prediction_comes_before_the_proof_and_holds() -> None:
     before = [int(a.asked.case.params["batch_size"]) for a in answers if a.fits][:-1]
     assert max(before) <= 56 / 2
     assert found.trials == len(answers) < 16
+    assert found.reason == "out of memory: 992 MiB used, 1,000 held"
 
 
 def test_along_the_length_the_square_is_predicted_too() -> None:

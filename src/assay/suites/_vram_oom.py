@@ -186,9 +186,18 @@ class _Tried:
             fits = False  # the host's memory, of which smaller sizes took less
         if fits:
             self.fitted[size] = found
-        short = "out of memory" if found.status is Status.OUT_OF_MEMORY else found.reason
-        self.answers[size] = Answer(fits, short)
+        self.answers[size] = Answer(fits, _short(found))
         return self.answers[size]
+
+
+def _short(found: Attempted) -> str:
+    """Why a size does not fit, or why nothing is known of it."""
+    if found.status is not Status.OUT_OF_MEMORY:
+        return found.reason
+    if found.peak_mib is None or found.reserved_mib is None:
+        return "out of memory"
+    held = "" if found.reserved_mib == found.peak_mib else f", {found.reserved_mib:,.0f} held"
+    return f"out of memory: {found.peak_mib:,.0f} MiB used{held}"
 
 
 def _probe(tried: _Tried) -> Generator[Attempt, Attempted, None]:
