@@ -12,11 +12,12 @@ from assay.measure.budget import budget
 MIB = 2**20
 
 
-def told(program: str) -> list[float]:
-    """The numbers that a program prints under a budget of 64 MiB."""
-    begin = """
+def told(program: str, before: str = "") -> list[float]:
+    """The numbers that a program prints under a budget of 64 MiB; what it did `before` there was one."""
+    begin = f"""
         import torch
         from assay.measure.budget import budget
+        {before}
         MIB = 2**20
         held = budget("cpu", 64 * MIB)
 
@@ -77,6 +78,13 @@ def test_small_blocks_leave_when_they_are_freed() -> None:
     (peak,) = told(program)
     # nine pages a block, the ninth for its header; when the last are drawn, a fortieth of 19 lots is kept
     assert peak < (20 + 19 * 16 / 32) * 36 / 32 + 1
+
+
+def test_blocks_count_where_imports_left_holes_in_the_heap() -> None:
+    """8 MiB of holes, and as much of blocks that would fit into them: there for nothing, were they left."""
+    before = "there = [bytes(20_000) for _ in range(840)]; there[::2] = [None] * 420"
+    (peak,) = told("a = [bytes(19_000) for _ in range(420)]; print(held.peak_bytes / MIB)", before)
+    assert peak > 420 * 19_000 / MIB
 
 
 def test_the_cpu_has_no_limit_of_its_own() -> None:

@@ -6,8 +6,8 @@ Without a stated limit it is what the device has: what is free at the end and wh
 On the CPU nothing in torch keeps a limit, so the kernel does: the private writable pages of the process
 (RLIMIT_DATA), beyond those it had once torch and the buffers of its libraries were there. Resident memory
 would count what is shared and miss what is not yet touched; RLIMIT_AS would count libraries and reserved
-address space. Blocks of 16 KiB and more get pages of their own here, so that freed ones are gone, and one
-thread computes, so that the peak is exact and repeats.
+address space. Blocks of 16 KiB and more get pages of their own here, so that freed ones are gone, the heap is
+filled and grows by pages, and one thread computes, so that the peak repeats within a tenth of a MiB.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ __all__ = ["Budget", "CudaBudget", "HostBudget", "budget"]
 
 MIB = 2**20
 OWN_PAGES_BYTES = 2**14  # allocations from here on are pages of their own
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # glibc's malloc.h
+ROOM_BYTES, OBJECT_BYTES = 2**23, 2**9  # the largest objects of which Python's own allocator makes room
+LARGEST_HOLE_BYTES, SMALLEST_HOLE_BYTES = 2**18, 2**10  # asked for by halves; below a KiB holes are left
+_M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -2, -3, -8  # glibc's malloc.h
 
 
 class Budget(Protocol):
@@ -103,8 +105,11 @@ class HostBudget:
         if sys.platform != "linux" or not hasattr(libc, "mallopt"):
             raise Unavailable("a memory budget on the CPU needs Linux with glibc", "use --device cuda")
         libc.mallopt(_M_MMAP_THRESHOLD, OWN_PAGES_BYTES)
+        libc.mallopt(_M_TOP_PAD, 0)
         libc.mallopt(_M_ARENA_MAX, 1)  # new ones would reserve address space, which the peak is counted in
         _settle()
+        self._room = _room_for_objects()
+        _fill_holes(libc)
         self.limit_bytes = float(limit_bytes)
         self._before = _pages()["VmData"]
         _limit_data(self._before + limit_bytes)
@@ -135,6 +140,30 @@ def _settle() -> None:
     torch.set_num_threads(1)
     x = torch.ones(256, 256, requires_grad=True)  # its own peak, a MiB, is the least that can be seen
     (x @ x).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+
+def _room_for_objects() -> list[bytes]:
+    """Have Python hold room for its small objects, which it takes by the MiB: a step's may not need the next.
+
+    It is there while what is returned is: an object for each half MiB, and none of them is given back.
+    """
+    every = 2**19 // OBJECT_BYTES
+    objects = [bytes(OBJECT_BYTES - sys.getsizeof(b"")) for _ in range(ROOM_BYTES // OBJECT_BYTES)]
+    return objects[::every]
+
+
+def _fill_holes(libc: ctypes.CDLL) -> None:
+    """Take what is free in the heap: where imports left room, some blocks of a step would cost nothing."""
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    nbytes = LARGEST_HOLE_BYTES
+    while nbytes >= SMALLEST_HOLE_BYTES:
+        end = libc.sbrk(0)
+        block = libc.malloc(nbytes)
+        if block is None or block > end or libc.sbrk(0) != end:
+            libc.free(block)  # of new pages, so there is no such hole
+            nbytes //= 2
 
 
 def _limit_data(nbytes: int | None) -> None:

@@ -98,9 +98,12 @@ def rung(name: str, summary: str, defaults: Mapping[str, Scalar], requires: tupl
     )
 
 
+BUILDER = "assay.systems.decoder.build"
+
+
 def imports(made: Parts) -> Sequence[str]:
-    """Liger's operators, where the recipe has one: they import transformers where peft is installed."""
-    return ("liger_kernel.ops",) if made.needs_liger else ()
+    """Our builder, and Liger's operators where the recipe has one: they import transformers beside peft."""
+    return (BUILDER, "liger_kernel.ops") if made.needs_liger else (BUILDER,)
 
 
 def oracle(case: Case) -> LanguageModel:

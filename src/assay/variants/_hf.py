@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from assay.contracts import Case, Claim, LanguageModel, Option, Options, Variant
 from assay.systems.decoder.shapes import check_params, resolve
-from assay.variants._decoder import oracle
+from assay.variants._decoder import BUILDER, oracle
 
 __all__ = ["imports", "stock"]
 
@@ -32,10 +32,10 @@ def stock(summary: str, *, liger: bool) -> Variant:
 
 
 def imports(case: Case, *, liger: bool) -> Sequence[str]:
-    """The modules behind the transformers model of a case's shape."""
+    """The modules behind the transformers model of a case's shape, and its builder."""
     kind = resolve(str(case.params["shape"])).config.architecture.removesuffix("ForCausalLM").lower()
     theirs = ["liger_kernel.transformers.monkey_patch"] if liger else []
-    return [f"transformers.models.{kind}.modeling_{kind}", *theirs]
+    return [BUILDER, f"transformers.models.{kind}.modeling_{kind}", *theirs]
 
 
 def _attention(options: Options) -> str:

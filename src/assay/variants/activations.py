@@ -120,11 +120,11 @@ def _offloading(case: Case, given: Mapping[str, Scalar]) -> dict[str, Any]:
 
 
 def imports(case: Case, options: Options) -> Sequence[str]:
-    """Those of the base."""
+    """The policies, and those of the base."""
     base = str(chosen(options)["base"])
-    if base.startswith("hf"):
-        return hf_imports(case, liger=base == "hf-liger")
-    return decoder_imports(parts(case, base))
+    hf = base.startswith("hf")
+    under = hf_imports(case, liger=base == "hf-liger") if hf else decoder_imports(parts(case, base))
+    return ["assay.systems.activations.language", *under]
 
 
 def claims(case: Case, options: Options) -> Sequence[Claim]:
