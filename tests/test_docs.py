@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from cyclopts.exceptions import CycloptsError
 
-from assay import cli, gate, show
+from assay import cli, gate, show, yardstick
 from assay.config import RunConfig
 from assay.measure import record
 from assay.observer import NullObserver
@@ -210,7 +210,7 @@ def test_tolerances_are_those_of_the_gate() -> None:
     assert {name: float(limit) for name, limit in rows} == gate.MEANING_LIMIT
     text = " ".join(PAGES["docs/method.md"].split())
     assert f"may be at most {gate.K:g} times the error that the reference makes" in text
-    assert f"or {gate.OPAQUE_ROUNDING:g} roundings of the output's dtype" in text
+    assert f"or {yardstick.OPAQUE_ROUNDING:g} roundings of the output's dtype" in text
 
 
 def test_map_of_the_house_names_every_module() -> None:

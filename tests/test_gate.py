@@ -1,8 +1,7 @@
 """The gate's arithmetic: what counts as the same work, and what the one line says where it is not."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,15 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from assay import gate
-from assay.contracts import Claim
 from assay.measure.record import Figure, Spread
+from tests.tensors import values
 
 F64 = torch.float64
-
-
-def values(*shape: int, seed: int = 0) -> Tensor:
-    """Normal float64 numbers, none of them zero."""
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def judged(out: Tensor | None, ref: Tensor, name: str = "logits", **others: Tensor) -> Figure:
@@ -286,22 +280,6 @@ def test_reference_as_wrong_as_zeros_bounds_nothing() -> None:
     assert figure.note == "the reference itself is off by as much: nothing bounds the error"
 
 
-@pytest.mark.parametrize("late", [0, 1, 2, 7])
-def test_answer_that_is_the_one_before_is_confused_with_it_wherever_it_comes(late: int) -> None:
-    questions = [gate.sampled({"logits": values(8, 8, seed=n), "tokens": torch.ones(3)}) for n in (1, 2)]
-    answers = [(n % 2, questions[n % 2] * (1 + 1e-3 * n)) for n in range(8)]
-    assert not gate.confused(answers)
-    answers[late] = late % 2, questions[1 - late % 2]
-    assert gate.confused(answers)
-
-
-def test_answers_that_can_hardly_be_told_apart_are_never_confused() -> None:
-    assert not gate.confused([(n % 2, torch.ones(3) * (1 + 1e-5 * n)) for n in (0, 1, 5, 2)])
-    assert not gate.confused([(n % 2, torch.ones(3)) for n in range(4)])
-    assert not gate.confused([(n % 2, torch.ones(2 + n)) for n in range(4)])  # of other lengths each call
-    assert gate.sampled({"tokens": torch.arange(3)}).numel() == 0
-
-
 def test_errors_are_on_the_scales_that_the_figures_use() -> None:
     ref = {"loss": values(1), "grad:weight": values(5, 5), "grad:bias": 1e-9 * values(5)}
     out = {name: tensor + 1e-6 for name, tensor in ref.items()}
@@ -404,106 +382,6 @@ def test_layers_are_compared_over_the_positions_that_both_saw() -> None:
     assert gate.first_departing({"unknown": whole}, {"layer:a": whole}) == ""
 
 
-# Proofs
-
-
-def claim(comparison: str, value: float) -> Claim:
-    return Claim(counter="replays", comparison=comparison, value=value, why="graphs ran")  # type: ignore[arg-type]  # a parameter
-
-
-@pytest.mark.parametrize(
-    ("comparison", "value", "got", "holds"),
-    [
-        ("==", 0, 0, True),
-        ("==", 0, 1, False),
-        (">", 0, 1, True),
-        (">", 0, 0, False),
-        (">=", 5, 5, True),
-        ("<", 5, 5, False),
-        ("<=", 5, 5, True),
-        (">", 0, True, True),
-    ],
-)
-def test_claims_are_held_against_their_counters(
-    comparison: str, value: float, got: float, holds: bool
-) -> None:
-    assert (gate.prove([claim(comparison, value)], {"replays": got}) == []) == holds
-
-
-def test_counter_that_is_missing_or_text_proves_nothing() -> None:
-    assert gate.prove([claim("==", 0)], {}) == ["graphs ran: replays is not counted, expected == 0"]
-    assert gate.prove([claim(">", 0)], {"replays": "many"}) == ["graphs ran: replays is many, expected > 0"]
-
-
-# The same weights
-
-
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"b": state["a"]}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (dict, ""),
-        (renamed, "parameter 'a' is missing"),
-        (lambda s: {**s, "b": s["a"]}, "parameter 'b' is not in the shared weights"),
-        (lambda s: {"a": s["a"][:1]}, "parameter 'a' has shape (1, 3), expected (2, 3)"),
-        (lambda s: {"a": s["a"] + 1e-3}, "parameter 'a' differs from the shared weights"),
-        (lambda s: {"a": s["a"].double()}, ""),
-    ],
-)
-def test_states_are_the_same_by_name_shape_and_value(
-    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], said: str
-) -> None:
-    canonical = {"a": values(2, 3).float()}
-    assert gate.same_state(change(canonical), canonical) == said
-
-
-# Opaque functions: their own response
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_one_ulp_moves_every_entry_to_its_neighbour(dtype: torch.dtype) -> None:
-    value = values(50, 50).to(dtype)
-    moved = gate.one_ulp(value)
-    assert isinstance(moved, Tensor)
-    assert moved.dtype == dtype
-    up, down = (torch.nextafter(value, torch.full_like(value, end)) for end in (math.inf, -math.inf))
-    assert bool(((moved == up) | (moved == down)).all())
-    assert 0.3 < float((moved == up).double().mean()) < 0.7
-    assert torch.equal(moved, gate.one_ulp(value))  # type: ignore[arg-type]  # a tensor gives a tensor
-
-
-def test_one_ulp_reaches_nested_arguments_and_leaves_what_is_no_float() -> None:
-    ids, weight = torch.arange(4), values(3).requires_grad_()
-    found: Any = gate.one_ulp(((weight, {"ids": ids, "name": "x"}), 3))
-    (moved, options), count = found
-    assert not torch.equal(moved, weight)
-    assert moved.requires_grad
-    assert options == {"ids": ids, "name": "x"}
-    assert count == 3
-
-
-@pytest.mark.parametrize(
-    ("dtype", "units"),
-    [(torch.float32, 8), (torch.float64, 8), (torch.complex64, 8), (torch.bfloat16, 1), (torch.float16, 1)],
-)
-def test_opaque_rounding_is_eight_units_of_the_output_or_one_of_16_bits(
-    dtype: torch.dtype, units: int
-) -> None:
-    assert gate.opaque_rounding(torch.ones(1, dtype=dtype)) == units * torch.finfo(dtype).eps
-    assert gate.opaque_rounding(torch.ones(1, dtype=torch.int64)) == 0.0
-
-
-def test_a_claim_about_the_timed_region_is_judged_on_what_the_counter_gained_there() -> None:
-    claim = Claim(counter="replays", comparison=">", value=0, why="graphs replayed", timed=True)
-    assert gate.prove([claim], {"replays": 9}, {"replays": 4}) == []
-    assert gate.prove([claim], {"replays": 9}, {"replays": 9}) == [
-        "graphs replayed: replays is 0 while timed, expected > 0"
-    ]
-
-
 def test_complex_tensors_are_compared_in_both_parts() -> None:
     ref = torch.tensor([[3 + 4j, 0j], [0j, 5j]], dtype=torch.complex128)
     off = ref + torch.tensor([[0j, 0j], [0j, 0.5j]])
@@ -514,9 +392,6 @@ def test_complex_tensors_are_compared_in_both_parts() -> None:
     bad[0, 0] = complex(float("nan"), 0)
     assert gate.compare(bad, ref).fault == "1 non-finite entries of 4, the oracle has 0"
     assert gate.gradient_norm({"grad:z": torch.tensor([3j, 4.0])}) == 5.0
-    moved = gate.one_ulp(torch.tensor([1 + 1j]))
-    assert isinstance(moved, torch.Tensor)
-    assert bool((moved.real != 1) & (moved.imag != 1))
 
 
 def test_nan_in_the_same_place_does_not_differ() -> None:
@@ -545,9 +420,3 @@ def test_spread_counts_what_the_error_hides() -> None:
         rows=2,
     )
     assert gate.worst([figure, figure]) == [figure, figure]
-
-
-def test_precision_below_float64_is_named() -> None:
-    wide, narrow = torch.ones(1, dtype=torch.complex128), torch.ones(1, dtype=torch.complex64)
-    assert gate.below_float64({"output:0": wide, "output:1": torch.ones(1, dtype=torch.int32)}) == ""
-    assert gate.below_float64({"output:0": wide, "output:1": narrow}) == "output:1 in complex64"

@@ -57,7 +57,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "systems.resolvent": (*BENCH, "systems.decoder"),  # the phase-2 model is a language model of the bench
     "systems.split": (*BENCH, "systems.decoder"),
     "contracts": ("errors", "measure.kpi", "measure.record"),
-    "gate": ("contracts", "errors", "measure.record"),
+    "gate": ("measure.record",),
+    "proof": ("contracts", "gate", "measure.record"),
+    "yardstick": ("gate",),
     "data": ("contracts", "errors"),
     "workloads": ("contracts", "errors"),
     "workloads.op": ("contracts", "errors", "plugins"),  # the maker of arguments is named by its place
@@ -75,9 +77,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "interrupt": ("observer",),
     "launch": (*CORE, "connect", "interrupt"),
     "session": (*CORE, "connect", "interrupt", "launch"),
-    "oracle": CORE,
-    "audit": CORE,
-    "worker": (*CORE, "audit", "oracle"),
+    "oracle": (*CORE, "yardstick"),
+    "audit": (*CORE, "proof"),
+    "worker": (*CORE, "audit", "oracle", "proof"),
     "ranks": (*CORE, "worker"),
     "doctor": (*CORE, "report", "session"),
     "show": (*CORE, "report", "session", "suite"),

@@ -559,8 +559,9 @@ def test_policy_imports_what_its_base_would(
         with monkeypatch.context() as patched:
             patched.setattr(importlib, "import_module", names.append)
             runner.import_ahead()
-    assert any(name.startswith("transformers.models.") for name in asked["hf"])
-    assert asked["activations"] == (asked["hf"] if wanted else [])
+    ours, theirs = asked["hf"]
+    assert theirs.startswith("transformers.models.")
+    assert asked["activations"] == ["assay.systems.activations.language", ours, *[theirs][: int(wanted)]]
 
 
 def test_module_that_is_missing_is_left_to_the_build(tmp_path: Path) -> None:

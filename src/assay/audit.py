@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from assay import gate
+from assay import proof
 from assay.contracts import Trial
 from assay.measure import clock, validity
 from assay.measure.busy import busy_us
@@ -110,5 +110,5 @@ def confused(trial: Trial, agreed: Callable[[bool], bool]) -> str | None:
         if agreed(len(answers) > 3 and time.monotonic() > end):
             break
         trial.reset()
-        answers.append((question, gate.sampled(trial.outputs(question))))
-    return validity.CONFUSED if agreed(gate.confused(answers)) else None
+        answers.append((question, proof.sampled(trial.outputs(question))))
+    return validity.CONFUSED if agreed(proof.confused(answers)) else None

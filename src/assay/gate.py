@@ -1,4 +1,4 @@
-"""The gate: same work, or no ratio. And the proofs: the claimed thing really ran.
+"""The gate: same work, or no ratio.
 
 Pure functions over tensors and numbers; torch is imported where it is used. Tolerances are fixed here,
 beside what they judge, and no flag or variable loosens them.
@@ -11,34 +11,26 @@ may be at most K times the error that the reference implementation makes in that
 from __future__ import annotations
 
 import math
-import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from assay.contracts import Claim
-from assay.measure.record import Figure, Scalar, Spread
+from assay.measure.record import Figure, Spread
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ROUNDING",
     "Departure",
-    "below_float64",
     "compare",
-    "confused",
     "errors",
     "explain",
     "first_departing",
     "gradient_norm",
+    "is_number",
     "judge_outputs",
-    "one_ulp",
-    "opaque_rounding",
     "probe_figure",
-    "prove",
-    "same_state",
-    "sampled",
     "worst",
 ]
 
@@ -61,7 +53,6 @@ EXTRA_ZEROS = 0.01  # share of entries that may be exactly zero beyond the oracl
 PROBE_LIMIT = 1e-4  # relative, in float32
 
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")  # its number, the first in the name of a parameter
-_COMPARE = {"==": operator.eq, ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
 class Departure(NamedTuple):
@@ -87,7 +78,7 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
     """
     if tuple(out.shape) != tuple(ref.shape):
         return Departure(math.inf, "", f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}")
-    if not _is_real_or_complex(out):
+    if not is_number(out):
         return _compare_integers(out, ref)
     target = _double(ref)
     delta = _double(out) - target
@@ -111,7 +102,8 @@ def _same(out: Tensor, ref: Tensor) -> Tensor:
     return (out == ref) | (out.isnan() & ref.isnan())
 
 
-def _is_real_or_complex(t: Tensor) -> bool:
+def is_number(t: Tensor) -> bool:
+    """Whether its entries are real or complex numbers, which rounding may move; integers must agree."""
     return t.is_floating_point() or t.is_complex()
 
 
@@ -254,7 +246,7 @@ def _figure(
 
 def _spread(out: Tensor, ref: Tensor) -> Spread | None:
     """Further error figures of one tensor of numbers of the oracle's shape; nothing is masked."""
-    if out.shape != ref.shape or out.numel() == 0 or not _is_real_or_complex(out):
+    if out.shape != ref.shape or out.numel() == 0 or not is_number(out):
         return None
     target = _double(ref)
     off = (_double(out) - target).abs().masked_fill(_same(out, ref), 0.0)
@@ -355,44 +347,6 @@ def explain(figures: Sequence[Figure], layer: str = "") -> str:
     return f"{first.tier} gate: {first.quantity} differs: {', '.join(parts)}{more}"
 
 
-def prove(
-    claims: Sequence[Claim], counters: Mapping[str, Scalar], before: Mapping[str, Scalar] | None = None
-) -> list[str]:
-    """The claims that the counters do not bear out, one line each. A missing counter proves nothing.
-
-    `before` holds the counters as they stood at the first sample, for the claims about the timed region.
-    """
-    failures = []
-    for claim in claims:
-        got = counters.get(claim.counter)
-        earlier = (before or {}).get(claim.counter, 0) if claim.timed else 0
-        if not isinstance(got, str) and got is not None and not isinstance(earlier, str):
-            got -= earlier
-        if isinstance(got, str) or got is None or not _COMPARE[claim.comparison](got, claim.value):
-            seen = "not counted" if got is None else got
-            when = " while timed" if claim.timed else ""
-            failures.append(
-                f"{claim.why}: {claim.counter} is {seen}{when}, expected {claim.comparison} {claim.value:g}"
-            )
-    return failures
-
-
-def same_state(own: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> str:
-    """Why two states are not the same weights, or an empty string. Compares names, shapes and values."""
-    import torch
-
-    for name, tensor in canonical.items():
-        mine = own.get(name)
-        if mine is None:
-            return f"parameter '{name}' is missing"
-        if mine.shape != tensor.shape:
-            return f"parameter '{name}' has shape {tuple(mine.shape)}, expected {tuple(tensor.shape)}"
-        if not torch.equal(mine.to(tensor.dtype), tensor.to(mine.device)):
-            return f"parameter '{name}' differs from the shared weights"
-    extra = [name for name in own if name not in canonical]
-    return f"parameter '{extra[0]}' is not in the shared weights" if extra else ""
-
-
 def errors(
     outputs: Mapping[str, Tensor], oracle: Mapping[str, Tensor], grad_norm: float | None = None
 ) -> dict[str, float]:
@@ -403,37 +357,6 @@ def errors(
         for name, out in outputs.items()
         if name in oracle
     }
-
-
-SAMPLED = 4096  # entries of each quantity
-TELLING = 1e-3  # answers to two questions that are nearer, as a share of their size, tell nothing
-
-
-def sampled(outputs: Mapping[str, Tensor]) -> Tensor:
-    """Some entries of every quantity of numbers, each over their norm, in one vector on the host."""
-    import torch
-
-    found = [torch.zeros(0, dtype=torch.float64)]
-    for t in outputs.values():
-        if _is_real_or_complex(t) and t.numel():
-            flat = t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLED)].cpu()
-            some = torch.view_as_real(flat.to(torch.complex128)).reshape(-1).nan_to_num()
-            found.append(some / some.norm().clamp_min(1e-300))
-    return torch.cat(found)
-
-
-def confused(answers: Sequence[tuple[int, Tensor]]) -> bool:
-    """Whether two of these samples of answers differ that are to the same question, of two.
-
-    Rounding never takes an answer half the way to the other's, unless the two can hardly be told apart.
-    """
-    if len({answer.shape for _, answer in answers}) > 1:
-        return False
-    farthest = {True: 0.0, False: 0.0}  # by whether both are to the same question
-    for (m, a), (n, b) in combinations(answers, 2):
-        farthest[m == n] = max(farthest[m == n], float((a - b).norm()))
-    apart = farthest[False]
-    return apart > TELLING * float(answers[0][1].norm()) and farthest[True] > apart / 2
 
 
 def first_departing(layers: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> str:
@@ -454,64 +377,3 @@ def first_departing(layers: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) 
                 ", "
             )
     return ""
-
-
-def one_ulp(value: object) -> object:
-    """The same nested arguments with every floating tensor moved by one unit in the last place.
-
-    Signs of the moves alternate pseudo-randomly, from a fixed seed, so that they do not add up.
-    """
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        if value.is_complex():
-            moved = torch.view_as_complex(_parts_moved(value.detach()))
-            return moved.requires_grad_(value.requires_grad)
-        if not value.is_floating_point():
-            return value
-        generator = torch.Generator().manual_seed(0)
-        up = torch.rand(value.shape, generator=generator) < 0.5
-        target = torch.where(up, math.inf, -math.inf).to(value.device, value.dtype)
-        moved = torch.nextafter(value.detach(), target)
-        return moved.requires_grad_(value.requires_grad)
-    if isinstance(value, Mapping):
-        return {k: one_ulp(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        items = [one_ulp(v) for v in value]
-        make: Callable[..., object] = getattr(value, "_make", type(value))  # a named tuple takes them apart
-        return make(items)
-    return value
-
-
-def _parts_moved(value: Tensor) -> Tensor:
-    import torch
-
-    moved = one_ulp(torch.view_as_real(value).contiguous())
-    assert isinstance(moved, torch.Tensor)
-    return moved
-
-
-def below_float64(answers: Mapping[str, Tensor]) -> str:
-    """The first answer of lower precision than float64, as `output:0 in float32`; empty where none is."""
-    import torch
-
-    for name, t in answers.items():
-        if _is_real_or_complex(t) and torch.finfo(t.dtype).eps > ROUNDING["fp64"]:
-            return f"{name} in {str(t.dtype).removeprefix('torch.')}"
-    return ""
-
-
-OPAQUE_ROUNDING = 8.0  # units of rounding: another order of summation inside an opaque function
-
-
-def opaque_rounding(output: Tensor) -> float:
-    """The rounding that any function's result may carry, relative: 8 units of the output's own dtype.
-
-    Of 16-bit results one: their sums are kept in float32, and another order of them does not show.
-    """
-    import torch
-
-    if not _is_real_or_complex(output):
-        return 0.0
-    unit = torch.finfo(output.dtype).eps
-    return unit if unit > ROUNDING["fp16"] else OPAQUE_ROUNDING * unit

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from assay import gate
+from assay import gate, yardstick
 from assay.contracts import Case, System, Variant, Workload
 from assay.errors import Unavailable, one_line
 from assay.measure.record import Figure
@@ -104,7 +104,7 @@ class OracleMaker:
             for dtype in ("fp64", self.case.dtype):
                 with self._reference(dtype, {}) as function:
                     answers = self.workload.expected(function, at(self.case, dtype), STAGES["before"])
-                found[dtype] = gate.below_float64(answers)
+                found[dtype] = yardstick.below_float64(answers)
         except Exception as e:
             if as_failure(e, self.name).status == "out_of_memory":
                 raise
@@ -204,7 +204,7 @@ class OracleMaker:
                 outputs = self.workload.expected(reference, at(case, self.case.dtype), stream)
                 _keep_largest(errors, gate.errors(outputs, answers[stage], norms[stage]))
                 if self.variant.opaque:
-                    _keep_largest(errors, {n: gate.opaque_rounding(t) for n, t in outputs.items()})
+                    _keep_largest(errors, {n: yardstick.opaque_rounding(t) for n, t in outputs.items()})
         return errors
 
     def _own_response(self, answers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
@@ -212,11 +212,13 @@ class OracleMaker:
         errors: dict[str, float] = {}
         with _entered(self.construct(self.case)) as system:
             for stage, stream in STAGES.items():
-                moved = system.with_inputs(gate.one_ulp)
+                moved = system.with_inputs(yardstick.one_ulp)
                 _keep_largest(
                     errors, gate.errors(self.workload.expected(moved, self.case, stream), answers[stage])
                 )
-        return {name: max(e, gate.opaque_rounding(answers["before"][name])) for name, e in errors.items()}
+        return {
+            name: max(e, yardstick.opaque_rounding(answers["before"][name])) for name, e in errors.items()
+        }
 
 
 def probe_figures(workload: Workload, system: Any, case: Case) -> list[Figure]:

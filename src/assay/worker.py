@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from assay import audit, gate, plan, plugins
+from assay import audit, gate, plan, plugins, proof
 from assay.contracts import Case, Options, System, Trial, Variant, Workload
 from assay.errors import AssayError, Unavailable, WorkerError
 from assay.measure import clock, device, environment, memory, processor, saved, timeline, validity
@@ -306,7 +306,7 @@ class Runner:
         return Finished(
             proof={k: v for k, v in counters.items() if k in named or not k.startswith("ops.")}
             | {c: 0 for c in named if c.startswith("ops.") and c not in counters},
-            disproved=gate.prove(claims, _with_zero_operators(counters, named, profile), self._counted),
+            disproved=proof.prove(claims, _with_zero_operators(counters, named, profile), self._counted),
             void=void or "",
             operators=operators,
             kernel_ns=kernel_ns,
@@ -359,7 +359,7 @@ class Runner:
             return []
         state = torch.load(state_path(self.scratch, self.case), mmap=True, weights_only=True)
         system.load(state)
-        note = gate.same_state(system.state(), state)
+        note = proof.same_state(system.state(), state)
         return [
             Figure(
                 tier="meaning" if dtype == "fp32" else "precision",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from assay import gate
+from assay import proof
 from assay.contracts import Case
 from assay.plugins import find
 from assay.systems.activations.language import PolicyLM, _rounding, blocks_of
@@ -42,7 +42,7 @@ def disproved(policy: str, built: Made, dtype: str = "fp32", **options: str | fl
         system.zero_grad()
     claims = find("variants", "activations").claims(CASE, {"policy": policy, **options})
     mine = [claim for claim in claims if not claim.counter.startswith("ops.")]
-    return gate.prove(mine, system.proof(), before)
+    return proof.prove(mine, system.proof(), before)
 
 
 @pytest.mark.parametrize("name", WRONG)
