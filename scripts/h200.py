@@ -6,7 +6,8 @@ Each run goes through the public command line; its records end up in FOLDER/NAME
 where this machine's ceilings are not known yet, and `two-gpus` is left out where there is one. A run that
 fails is reported and the rest go on; the exit status is the number of runs whose exit code was not expected.
 With --gpus each run has GPUs of its own, and the arms of a run still alternate on the same one. With --within
-a run that is not over by then is ended, what it has recorded kept, and those after it are left out.
+a run that is not over by then is ended and those after it are left out; what it has is kept as
+NAME.partial.tgz, from which the next call goes on, on whatever machine of the kind it is made.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -110,6 +112,8 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "vram-long": (f"{VRAM_LONG} --policy off,offload,save-on-cpu,checkpoint", 0),
+    "vram-short-trl": (f"{VRAM_SHORT} --policy off,offload,trl", 0),
+    "vram-long-trl": (f"{VRAM_LONG} --policy off,offload,trl", 0),
     "vram-long-auto": (f"{VRAM_LONG} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
     "vram-compare": (
         "vram --device cuda --mode compare --base hf-liger --shape llama-1b --batch-sizes 4 "
@@ -131,6 +135,7 @@ RUNS: dict[str, tuple[str, int]] = {
 
 
 NEEDS = {"two-gpus": 2}  # GPUs, where more than one
+KEPT = Path(__file__).parents[1] / "results" / "h200"
 
 
 def main() -> int:
@@ -183,15 +188,37 @@ def side_by_side(names: list[str], gpus: list[str], out: Path) -> int:
             raise
 
 
-def keep(place: Path, out: Path, name: str, *, ended: bool) -> None:
-    """Copy the records of a run, or of all the runs of a suite and what it says of its KPIs.
+def partial(out: Path, name: str) -> Path:
+    """Where the folder of a run that was broken off is kept."""
+    return out / f"{name}.partial.tgz"
 
-    What is there of a run that was broken off does not take the place of a whole one's.
+
+def take_up(place: Path, out: Path, name: str) -> bool:
+    """Unpack what an earlier call left of a run. False where it left nothing."""
+    found = next((path for at in (out, KEPT) if (path := partial(at, name)).exists()), None)
+    if found is None:
+        return False
+    with tarfile.open(found) as packed:
+        packed.extractall(place, filter="data")
+    return True
+
+
+def keep(place: Path, out: Path, name: str, *, ended: bool) -> None:
+    """Copy the records and trials of a run, or of all the runs of a suite and what it says of its KPIs.
+
+    What there is of a run that was broken off is packed to go on with, and takes the place of no whole one's.
     """
-    name = name if ended or not (out / f"{name}.jsonl").exists() else f"{name}.partial"
-    found = [place / "records.jsonl", *sorted(place.glob("runs/*/*/records.jsonl"))]
-    if records := b"".join(path.read_bytes() for path in found if path.exists()):
-        (out / f"{name}.jsonl").write_bytes(records)
+    if not ended:
+        with tarfile.open(partial(out, name), "w:gz") as packed:
+            packed.add(place, ".", filter=lambda f: None if f.name.endswith("samples.jsonl") else f)
+        if (out / f"{name}.jsonl").exists():
+            return
+    else:
+        partial(out, name).unlink(missing_ok=True)
+    for kind, suffix in (("records", ""), ("attempts", ".attempts")):
+        found = sorted({*place.glob(f"{kind}.jsonl"), *place.glob(f"runs/**/{kind}.jsonl")})
+        if lines := b"".join(path.read_bytes() for path in found):
+            (out / f"{name}{suffix}.jsonl").write_bytes(lines)
     for report in (*place.glob("*_comprehensive_report.json"), *place.glob("vram_*.json")):
         shutil.copy(report, out / f"{name}.json")
 
@@ -214,6 +241,8 @@ def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb+") as log:
         place = Path(folder) / "run"
         parts = [sys.executable, "-m", "assay", *shlex.split(command)]
+        if take_up(place, out, name):
+            parts.append("--resume")
         if parts[3] != "doctor":
             parts += ["--dir", str(place)]
         if parts[3] == "compare":
@@ -232,7 +261,8 @@ def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
             child.terminate()
             child.wait()
             RUNNING.discard(child)
-            keep(place, out, name, ended=child.returncode not in STOPPED)
+            if place.exists():
+                keep(place, out, name, ended=child.returncode not in STOPPED)
             log.seek(0)
             print(log.read().decode(errors="replace"), end="", flush=True)
     took = time.monotonic() - begin

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -90,9 +91,10 @@ def test_figure_that_fails_on_one_rank_alone_fails_the_gate() -> None:
 
 
 def test_what_one_rank_disproves_or_compiles_counts_for_all() -> None:
-    found = merged([finished(), finished("compiled", ["no graph"])])
+    other = msgspec.structs.replace(finished("compiled", ["no graph"]), restless=True)
+    found = merged([finished(), other])
     assert isinstance(found, Finished)
-    assert (found.void, found.disproved) == ("compiled", ["rank 1: no graph"])
+    assert (found.void, found.disproved, found.restless) == ("compiled", ["rank 1: no graph"], True)
 
 
 class OtherRank:
@@ -110,8 +112,6 @@ class OtherRank:
 
 
 def test_time_of_a_sample_is_rank_0s_on_every_rank() -> None:
-    import msgspec
-
     zero = FakeClock([7.0]).time(lambda _mark: None)
     group = OtherRank(msgspec.msgpack.encode(zero))
     clock = TogetherClock(FakeClock([99.0]), group)  # type: ignore[arg-type]  # as much of Ranks as it needs

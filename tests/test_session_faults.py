@@ -3,12 +3,13 @@
 import contextlib
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from assay import session
 from assay.channel import Channel
 from assay.errors import UsageError
-from assay.measure import device
+from assay.measure import device, validity
 from assay.measure.record import Case, Record, Status
 from assay.measure.store import read_samples
 from assay.measure.verdict import compare_records, exit_code
@@ -193,6 +194,16 @@ def test_claim_that_did_not_hold_voids_the_samples(reply: Finished, status: Stat
     assert [(r.status, r.reason) for r in records] == [(Status.PARTNER_FAILED, ""), (status, reason)]
     (found,) = compare_records(records, stored=None, asked_launches=2)
     assert found.interval is None
+
+
+def test_threads_that_run_on_are_told_where_they_are_in_anybodys_way() -> None:
+    reply = msgspec.structs.replace(finished(), restless=True)
+    stage = {"faults": {"b": at_request(Finish, reply)}}
+    warned = {r.arm.name: validity.RESTLESS in r.warnings for r in play(Stage(**stage)).records}
+    assert warned == {"a": False, "b": True}
+    for alone in play(Stage(**stage), arms=["b"]).records:
+        assert alone.status is Status.OK
+        assert validity.RESTLESS not in alone.warnings
 
 
 def test_sample_that_beats_its_physical_floor_is_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:

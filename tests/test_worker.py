@@ -431,6 +431,23 @@ def test_builds_and_turns_begin_where_they_are_told_and_say_where_they_ended(
         assert answer.processor == 7
 
 
+@pytest.mark.parametrize(("answers", "restless"), [([True, True, True], False), ([True, False], True)])
+def test_a_turn_ends_at_rest_and_a_thread_that_never_does_is_told(
+    answers: list[bool], restless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(answers)
+    monkeypatch.setattr(processor, "rest", lambda: left.pop(0))
+    mine = runner([], [])
+    ask(mine, Build())
+    ask(mine, Warm(floor=1))
+    for turn in (Settle(), Sample(), Sample()):
+        assert isinstance(ask(mine, turn), Sampled)
+    assert left == []
+    done = ask(mine, Finish(profile=False))
+    assert isinstance(done, Finished)
+    assert done.restless == restless
+
+
 def test_exception_in_a_sample_is_a_reply_and_the_runner_lives_on() -> None:
     slow_s: list[float] = []
     mine = runner([], slow_s)
@@ -523,10 +540,10 @@ def test_arm_that_compiles_nothing_does_not_import_the_compiler(workload: str, t
     opening = Open(case=case, arm=Arm(name="a", target="eager"), scratch=str(tmp_path), weights="own")
     (tmp_path / "opening").write_bytes(msgspec.msgpack.encode(opening))
     code = (
-        "import sys; from pathlib import Path; import msgspec; from assay.wire import Open\n"
+        "import sys; from pathlib import Path; import msgspec; from assay.wire import Open, Sample\n"
         "from assay.worker import open_runner\n"
         "runner = open_runner(msgspec.msgpack.decode(Path(sys.argv[1]).read_bytes(), type=Open))\n"
-        "runner.build(); runner.measure_memory(); runner.warm(1); runner.sample(1)\n"
+        "runner.build(); runner.measure_memory(); runner.warm(1); runner.turn(Sample())\n"
         "assert runner.finish(profile=True).operators\n"
         "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
     )

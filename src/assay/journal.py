@@ -261,6 +261,7 @@ class Journal:
             after=_readings(telemetry, "after."),
             cores=finished.environment.cores,
             kernel_ns=finished.kernel_ns.get("step"),
+            restless=finished.restless and not pair.alone,
         )
         found = validity.warnings(facts)
         if not ready.warm_up.steady:

@@ -148,7 +148,10 @@ def merged(replies: Sequence[Reply]) -> Reply:
             f"rank {rank}: {text}" if rank else text for rank, r in enumerate(every) for text in r.disproved
         ]
         return msgspec.structs.replace(
-            first, disproved=disproved, void=next((r.void for r in every if r.void), "")
+            first,
+            disproved=disproved,
+            void=next((r.void for r in every if r.void), ""),
+            restless=any(r.restless for r in every),
         )
     return first
 

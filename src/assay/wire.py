@@ -159,6 +159,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Settle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One turn that nobody keeps, answered like the others."""
 
+    lead_in: int = 1
     processor: int | None = None
 
 
@@ -183,6 +184,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     void: str  # why the samples are void: compiled between them, or answered from memory
     operators: str  # digest of the profiled operators and their counts; empty without a profile
     kernel_ns: dict[str, float] = {}  # phase -> time in which kernels ran; empty without a profile on CUDA
+    restless: bool = False  # other threads of its process run on after a turn
     environment: Environment
 
 

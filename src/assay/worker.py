@@ -96,6 +96,7 @@ class Runner:
         self._before: dict[str, Scalar] = {}
         self._counted: dict[str, Scalar] = {}
         self._steps_ns: list[float] = []
+        self._rests = True
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -129,12 +130,8 @@ class Runner:
                 return self.gate(request.made, request.stage)
             case Warm():
                 return self.warm(request.floor)
-            case Settle():
-                processor.move(request.processor)
-                return Sampled(timing=self._ready().sample(), processor=processor.current())
-            case Sample():
-                processor.move(request.processor)
-                return msgspec.structs.replace(self.sample(request.lead_in), processor=processor.current())
+            case Settle() | Sample():
+                return self.turn(request)
             case Finish():
                 return self.finish(profile=request.profile)
             case Open():
@@ -279,11 +276,15 @@ class Runner:
             resolution_ns=sampler.clock.resolution_ns,
         )
 
-    def sample(self, lead_in: int) -> Sampled:
-        """One turn."""
-        timing = self._ready().sample(lead_in)
-        self._steps_ns.append(timing.step_ns)
-        return Sampled(timing=timing)
+    def turn(self, request: Settle | Sample) -> Sampled:
+        """One turn. It is over when no thread of this process runs any more: the next is another arm's."""
+        processor.move(request.processor)
+        timing = self._ready().sample(request.lead_in)
+        ended_on = processor.current()
+        if isinstance(request, Sample):
+            self._steps_ns.append(timing.step_ns)
+        self._rests = self._rests and processor.rest()  # once is enough to know a thread that never does
+        return Sampled(timing=timing, processor=ended_on)
 
     def finish(self, *, profile: bool) -> Finished:
         """After the last sample: recompiles, counters, claims, telemetry."""
@@ -310,6 +311,7 @@ class Runner:
             void=void or "",
             operators=operators,
             kernel_ns=kernel_ns,
+            restless=not self._rests,
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
         )
 

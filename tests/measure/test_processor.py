@@ -1,8 +1,13 @@
 """A thread follows another to its processor, and is not held there."""
 
+import contextlib
+import hashlib
 import os
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +33,54 @@ def test_threads_that_start_after_a_move_may_run_anywhere() -> None:
     thread.start()
     thread.join()
     assert found == [allowed]
+
+
+@contextlib.contextmanager
+def working(seconds: float) -> Iterator[threading.Thread]:
+    """A thread that computes for so long."""
+    end = time.monotonic() + seconds
+
+    def work() -> None:
+        while time.monotonic() < end:
+            hashlib.sha256(bytes(1 << 20))  # lets other threads have the interpreter
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join()
+
+
+def test_rest_is_when_no_other_thread_runs() -> None:
+    begin = time.monotonic()
+    with working(0.1):
+        assert processor.rest(5)
+        assert time.monotonic() - begin >= 0.1
+    assert processor.rest(0)
+
+
+def test_a_thread_that_never_rests_is_not_waited_for_longer_than_that() -> None:
+    with working(1.0) as thread:
+        assert not processor.rest(0.05)
+        assert thread.is_alive()
+
+
+def test_threads_that_wait_are_at_rest() -> None:
+    let_go = threading.Event()
+    thread = threading.Thread(target=let_go.wait)
+    thread.start()
+    try:
+        assert processor.rest(1)
+    finally:
+        let_go.set()
+        thread.join()
+
+
+def test_where_the_system_tells_nothing_there_is_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "TASKS", Path("/nowhere"))
+    with working(0.1):
+        assert processor.rest(0)
 
 
 def test_a_processor_that_is_not_ours_and_none_change_nothing() -> None:

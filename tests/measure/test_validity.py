@@ -58,6 +58,7 @@ def test_every_doubt_becomes_one_line() -> None:
         resolution_ns=MS / 100,
         before={"load_1m": 3.0},
         after={"throttle_reasons": "power_cap,idle"},
+        restless=True,
     )
     lines = warnings(doubtful)
     assert [line.partition(":")[0] for line in lines] == [
@@ -66,6 +67,7 @@ def test_every_doubt_becomes_one_line() -> None:
         "drift",
         "throttled",
         "busy machine",
+        "restless",
     ]
     assert not any("\n" in line for line in lines)
 

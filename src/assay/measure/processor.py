@@ -1,7 +1,10 @@
-"""The processor on which this thread runs, and how to follow another thread to its own.
+"""The processor on which this thread runs, how to follow another thread to its own, and when all are left.
 
 Two processes of the same code differ where they run on different processors: each has its own clock, caches
 and neighbours. Arms that take turns can do so on the same one, and what is common to both leaves their ratio.
+
+Threads that an arm computes with do not stop at the end of its step: OpenMP's look for more work for some
+milliseconds, on processors that the other arm wants by then.
 """
 
 from __future__ import annotations
@@ -11,9 +14,14 @@ import ctypes
 import functools
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["current", "move"]
+__all__ = ["current", "move", "rest"]
+
+TASKS = Path("/proc/self/task")  # Linux
 
 
 def current() -> int | None:
@@ -42,3 +50,25 @@ def move(processor: int | None) -> None:
                 os.sched_setaffinity(0, {processor})
         finally:
             os.sched_setaffinity(0, allowed)
+
+
+def rest(limit_s: float = 0.3) -> bool:
+    """Wait until no other thread of this process runs. False where one still does after `limit_s`.
+
+    GNU's OpenMP looks for work for some milliseconds, Intel's for 200. True where the system does not tell.
+    """
+    end = time.monotonic() + limit_s
+    while _others_run():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(1e-4)
+    return True
+
+
+def _others_run() -> bool:
+    mine = threading.get_native_id()
+    for task in TASKS.iterdir() if TASKS.exists() else ():
+        with contextlib.suppress(OSError):  # a thread that has ended
+            if int(task.name) != mine and (task / "stat").read_text().rpartition(") ")[2][0] == "R":
+                return True
+    return False

@@ -41,6 +41,7 @@ class Facts:
     after: Mapping[str, Scalar] = field(default_factory=dict)
     cores: int = 1
     kernel_ns: float | None = None  # of a step on CUDA in which kernels ran, where it was profiled
+    restless: bool = False  # whether threads of this arm's process ran on after its turns
 
 
 def warnings(facts: Facts) -> list[str]:
@@ -56,6 +57,7 @@ def warnings(facts: Facts) -> list[str]:
         order_effect(step_ns, np.asarray(facts.went_first, dtype=bool)),
         throttled(facts.before, facts.after),
         busy(facts.before, facts.cores),
+        RESTLESS if facts.restless else None,
     )
     return [line for line in found if line]
 
@@ -246,6 +248,8 @@ def throttled(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> str 
     reasons = {r for t in (before, after) for r in str(t.get("throttle_reasons", "")).split(",")} & HARMFUL
     return f"throttled: the driver reports {', '.join(sorted(reasons))}" if reasons else None
 
+
+RESTLESS = "restless: other threads of its process run on after its turns, while the other arm is timed"
 
 BUSY_SHARE = 0.5  # of the cores, before this run adds its own load
 

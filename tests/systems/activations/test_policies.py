@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from assay.errors import Unavailable
 from assay.systems.activations import POLICIES
-from assay.systems.activations.policies import Checkpoint, Hooks, Offload, Policy, build_policy
+from assay.systems.activations.policies import THEIRS, Checkpoint, Hooks, Offload, Policy, build_policy
 from assay.systems.offload import offload_activations
 from tests.systems.offload.helpers import gradients, mlp, same
 
@@ -90,9 +93,66 @@ def test_what_moves_nothing_on_the_cpu_is_unavailable_there(name: str) -> None:
         build_policy(name, mlp(), [], "cpu", {})
 
 
-def test_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(Unavailable, match=r"'trl' needs trl.*pip install trl"):
+PEER = """
+from torch.autograd.graph import saved_tensors_hooks
+
+def get_act_offloading_ctx_manager(model, **options):
+    hooks = saved_tensors_hooks(lambda t: t, lambda t: t)
+    hooks.given = model, options
+    return hooks
+"""
+
+
+@pytest.fixture
+def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Puts packages on the path, by the places of their modules, for the time of a test."""
+
+    def put(place: str, text: str) -> None:
+        file = tmp_path.joinpath(*place.split(".")).with_suffix(".py")
+        file.parent.mkdir(parents=True)
+        for folder in file.relative_to(tmp_path).parents[:-1]:
+            (tmp_path / folder / "__init__.py").touch()
+        file.write_text(text)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield put
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("trl", {"warn_if_no_head": False}), ("torchtune", {"enable_activation_offloading": True})],
+)
+def testpeers_are_made_as_their_trainers_make_them(
+    name: str, options: dict[str, bool], peer: Callable[[str, str], None]
+) -> None:
+    peer(THEIRS[name][0], PEER)
+    model = mlp()
+    policy = build_policy(name, model, [], "cuda", {})
+    assert policy.around().given == (model, options)  # type: ignore[attr-defined]  # the fake's
+    assert same(steps(policy, model), steps(Policy(), model))
+    assert int(policy.counters()["packed_tensors"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, r"'trl' needs trl.*-m pip install trl"),
+        ("import nowhere.else_", r"'trl' needs nowhere.*-m pip install nowhere"),
+        ("import torch.nowhere", r"'trl' cannot be had here: .*torch\.nowhere.*another version of torch"),
+        ("", r"'trl' cannot be had here: .*get_act_offloading_ctx_manager.*another version of trl"),
+    ],
+)
+def test_library_that_is_missing_or_another_is_named(
+    text: str | None, said: str, peer: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is None:
+        monkeypatch.setitem(sys.modules, "trl", None)
+    else:
+        peer(THEIRS["trl"][0], text)
+    with pytest.raises(Unavailable, match=said):
         build_policy("trl", mlp(), [], "cuda", {})
 
 

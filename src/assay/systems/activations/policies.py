@@ -34,7 +34,11 @@ from assay.systems.offload import (
 __all__ = ["Auto", "Checkpoint", "Hooks", "Offload", "Policy", "build_policy"]
 
 MIB = 2**20
-THEIRS = {"torchtune": "torchtune.training", "trl": "trl.models.activation_offloading"}
+# where their trainers take the hooks from, and what for, beside the model
+THEIRS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "torchtune": ("torchtune.training", {"enable_activation_offloading": True}),
+    "trl": ("trl.models.activation_offloading", {"warn_if_no_head": False}),
+}
 
 
 class Policy:
@@ -289,16 +293,22 @@ def build_policy(
         case "save-on-cpu":
             return Hooks(save_on_cpu(pin_memory=True))
         case _:
-            return Hooks(_theirs(name))
+            return Hooks(_theirs(name, module))
 
 
-def _theirs(name: str) -> saved_tensors_hooks:
-    """OffloadActivations of torchtune or TRL, with pinned memory and a stream of its own."""
-    if importlib.util.find_spec(name) is None:
-        raise Unavailable(f"policy '{name}' needs {name}", f"{sys.executable} -m pip install {name}")
+def _theirs(name: str, module: nn.Module) -> saved_tensors_hooks:
+    """The hooks of torchtune or TRL as their trainers make them: they leave parameters and the head alone."""
+    place, options = THEIRS[name]
+    needed = name
     try:
-        kind = importlib.import_module(THEIRS[name]).OffloadActivations
+        make = importlib.import_module(place).get_act_offloading_ctx_manager
     except (ImportError, AttributeError) as e:
-        raise Unavailable(f"this {name} has no OffloadActivations: {e}", f"another version of {name}") from e
-    hooks: saved_tensors_hooks = kind(use_pin_memory=True, use_streams=True)
+        if isinstance(e, ModuleNotFoundError) and e.name:
+            needed = e.name.partition(".")[0]
+        if importlib.util.find_spec(needed) is None:
+            raise Unavailable(
+                f"policy '{name}' needs {needed}", f"{sys.executable} -m pip install {needed}"
+            ) from e
+        raise Unavailable(f"policy '{name}' cannot be had here: {e}", f"another version of {needed}") from e
+    hooks: saved_tensors_hooks = make(module, **options)
     return hooks

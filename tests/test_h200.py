@@ -1,0 +1,108 @@
+"""The GPU programme: what it keeps of a run, whole or broken off, and how it goes on. Runs are pretended."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tarfile
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# one line of records after another, as `assay` does; it goes on after those that it has
+PRETENDED = """
+import sys
+import time
+from pathlib import Path
+
+_, count, seconds, *options = sys.argv[1:]
+place = Path(options[options.index("--dir") + 1])
+records = place / "runs" / "1" / "records.jsonl"
+assert records.exists() == ("--resume" in options)
+records.parent.mkdir(parents=True, exist_ok=True)
+done = len(records.read_text().splitlines()) if records.exists() else 0
+(place / "runs" / "attempts.jsonl").write_text("tried\\n")
+(records.parent / "samples.jsonl").write_text("many\\n")
+for number in range(done, int(count)):
+    with records.open("a") as file:
+        file.write(f"{number}\\n")
+    time.sleep(float(seconds))
+sys.exit(int(count) == 0)
+"""
+
+
+@pytest.fixture
+def h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("h200", ROOT / "scripts" / "h200.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    place = tmp_path / "pretended" / "assay"
+    place.mkdir(parents=True)
+    (place / "__init__.py").touch()
+    (place / "__main__.py").write_text(PRETENDED)
+    monkeypatch.setenv("PYTHONPATH", str(place.parent))
+    monkeypatch.setattr(module, "KEPT", tmp_path / "kept")
+    return module
+
+
+def asked(h200: ModuleType, count: int, seconds: float) -> None:
+    h200.RUNS = {"a": (f"pretend {count} {seconds}", 0)}
+
+
+def within(h200: ModuleType, seconds: float) -> None:
+    h200.END[0] = time.monotonic() + seconds
+
+
+def test_a_whole_run_leaves_its_records_and_trials(h200: ModuleType, tmp_path: Path) -> None:
+    asked(h200, 3, 0)
+    assert h200.run("a", tmp_path) is False
+    assert (tmp_path / "a.jsonl").read_text() == "0\n1\n2\n"
+    assert (tmp_path / "a.attempts.jsonl").read_text() == "tried\n"
+    assert not h200.partial(tmp_path, "a").exists()
+
+
+def test_an_exit_code_that_was_not_expected_counts(h200: ModuleType, tmp_path: Path) -> None:
+    asked(h200, 0, 0)
+    assert h200.run("a", tmp_path) is True
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_was_broken_off_is_gone_on_with(elsewhere: bool, h200: ModuleType, tmp_path: Path) -> None:
+    asked(h200, 3, 60)
+    within(h200, 3)
+    assert h200.run("a", tmp_path) is True
+    assert (tmp_path / "a.jsonl").read_text() == "0\n"
+    with tarfile.open(h200.partial(tmp_path, "a")) as packed:
+        assert not any("samples" in name for name in packed.getnames())
+    out = tmp_path
+    if elsewhere:  # the next machine's folder is empty, and the repository has what was kept
+        out = tmp_path / "next"
+        out.mkdir()
+        h200.KEPT.mkdir()
+        h200.partial(tmp_path, "a").rename(h200.partial(h200.KEPT, "a"))
+    asked(h200, 3, 0)
+    within(h200, math.inf)
+    assert h200.run("a", out) is False
+    assert (out / "a.jsonl").read_text() == "0\n1\n2\n"
+    assert not h200.partial(out, "a").exists()
+
+
+def test_what_was_broken_off_takes_the_place_of_no_whole_run(h200: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("whole\n")
+    asked(h200, 3, 60)
+    within(h200, 3)
+    assert h200.run("a", tmp_path) is True
+    assert (tmp_path / "a.jsonl").read_text() == "whole\n"
+    assert h200.partial(tmp_path, "a").exists()
+
+
+def test_no_run_begins_when_the_time_is_over(h200: ModuleType, tmp_path: Path) -> None:
+    asked(h200, 3, 0)
+    within(h200, 0)
+    assert h200.run("a", tmp_path) is True
+    assert not (tmp_path / "a.jsonl").exists()
