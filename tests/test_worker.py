@@ -448,6 +448,20 @@ def test_a_turn_ends_at_rest_and_a_thread_that_never_does_is_told(
     assert done.restless == restless
 
 
+def test_page_faults_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([0, 1000, 1020, 1020, 1050, 1050, 5050])
+    mine = runner([], [])
+    ask(mine, Build())
+    ready = ask(mine, Warm(floor=1))
+    assert isinstance(ready, Ready)
+    monkeypatch.setattr(processor, "page_faults", lambda: next(counts) * (1 + ready.inner))
+    for turn in (Settle(), Sample(), Sample(), Sample()):
+        ask(mine, turn)
+    done = ask(mine, Finish(profile=False))
+    assert isinstance(done, Finished)
+    assert done.page_faults == 30, "the median, and none of what nobody keeps"
+
+
 def test_exception_in_a_sample_is_a_reply_and_the_runner_lives_on() -> None:
     slow_s: list[float] = []
     mine = runner([], slow_s)

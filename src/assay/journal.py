@@ -262,6 +262,7 @@ class Journal:
             cores=finished.environment.cores,
             kernel_ns=finished.kernel_ns.get("step"),
             restless=finished.restless and not pair.alone,
+            page_faults=finished.page_faults,
         )
         found = validity.warnings(facts)
         if not ready.warm_up.steady:

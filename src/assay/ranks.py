@@ -152,6 +152,7 @@ def merged(replies: Sequence[Reply]) -> Reply:
             disproved=disproved,
             void=next((r.void for r in every if r.void), ""),
             restless=any(r.restless for r in every),
+            page_faults=max(r.page_faults for r in every),
         )
     return first
 

@@ -185,6 +185,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     operators: str  # digest of the profiled operators and their counts; empty without a profile
     kernel_ns: dict[str, float] = {}  # phase -> time in which kernels ran; empty without a profile on CUDA
     restless: bool = False  # other threads of its process run on after a turn
+    page_faults: float = 0.0  # of its process in a step: memory that came from the system
     environment: Environment
 
 

@@ -12,6 +12,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -96,6 +97,7 @@ class Runner:
         self._before: dict[str, Scalar] = {}
         self._counted: dict[str, Scalar] = {}
         self._steps_ns: list[float] = []
+        self._page_faults: list[float] = []
         self._rests = True
 
     # -- requests ---------------------------------------------------------------------------------
@@ -279,10 +281,12 @@ class Runner:
     def turn(self, request: Settle | Sample) -> Sampled:
         """One turn. It is over when no thread of this process runs any more: the next is another arm's."""
         processor.move(request.processor)
-        timing = self._ready().sample(request.lead_in)
+        sampler, faults = self._ready(), processor.page_faults()
+        timing = sampler.sample(request.lead_in)
         ended_on = processor.current()
         if isinstance(request, Sample):
             self._steps_ns.append(timing.step_ns)
+            self._page_faults.append((processor.page_faults() - faults) / (request.lead_in + sampler.inner))
         self._rests = self._rests and processor.rest()  # once is enough to know a thread that never does
         return Sampled(timing=timing, processor=ended_on)
 
@@ -312,6 +316,7 @@ class Runner:
             operators=operators,
             kernel_ns=kernel_ns,
             restless=not self._rests,
+            page_faults=statistics.median(self._page_faults or [0.0]),
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
         )
 

@@ -83,6 +83,13 @@ def test_where_the_system_tells_nothing_there_is_rest(monkeypatch: pytest.Monkey
         assert processor.rest(0)
 
 
+def test_pages_that_come_from_the_system_are_counted() -> None:
+    before = processor.page_faults()
+    touched = bytearray(64 << 20)
+    assert processor.page_faults() - before >= 32, "of up to 2 MiB each"
+    del touched
+
+
 def test_a_processor_that_is_not_ours_and_none_change_nothing() -> None:
     allowed = os.sched_getaffinity(0)
     only = {min(allowed)}

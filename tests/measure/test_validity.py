@@ -72,6 +72,15 @@ def test_every_doubt_becomes_one_line() -> None:
     assert not any("\n" in line for line in lines)
 
 
+def test_page_faults_are_told_where_they_cost_a_share_that_matters() -> None:
+    """Samples of a millisecond: a fault takes at least 250 ns."""
+    assert not warnings(facts(noise(0), page_faults=39))
+    (line,) = warnings(facts(noise(0), page_faults=2016))
+    assert line.startswith("page faults: 2,016 a step")
+    assert "MALLOC_TRIM_THRESHOLD_=" in line
+    assert not warnings(facts(noise(0), page_faults=2016, clock="cuda")), "the device's time, not the host's"
+
+
 @pytest.mark.parametrize("rate, word", [(1.05, "slower"), (0.95, "faster")])
 def test_drift_says_how_much_and_which_way(rate: float, word: str) -> None:
     line = drift(MS * np.linspace(1, rate, N) * (1 + 0.001 * ALTERNATE))

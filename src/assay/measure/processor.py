@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["current", "move", "rest"]
+__all__ = ["current", "move", "page_faults", "rest"]
 
 TASKS = Path("/proc/self/task")  # Linux
 
@@ -72,3 +72,12 @@ def _others_run() -> bool:
             if int(task.name) != mine and (task / "stat").read_text().rpartition(") ")[2][0] == "R":
                 return True
     return False
+
+
+def page_faults() -> int:
+    """How many pages of memory this process has had to ask the system for; 0 where it does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -42,6 +42,7 @@ class Facts:
     cores: int = 1
     kernel_ns: float | None = None  # of a step on CUDA in which kernels ran, where it was profiled
     restless: bool = False  # whether threads of this arm's process ran on after its turns
+    page_faults: float = 0.0  # of this arm's process in a step
 
 
 def warnings(facts: Facts) -> list[str]:
@@ -58,6 +59,7 @@ def warnings(facts: Facts) -> list[str]:
         throttled(facts.before, facts.after),
         busy(facts.before, facts.cores),
         RESTLESS if facts.restless else None,
+        page_faults(step_ns, facts.page_faults) if facts.clock == "wall" else None,
     )
     return [line for line in found if line]
 
@@ -238,6 +240,22 @@ def order_effect(step_ns: Floats, went_first: NDArray[np.bool_]) -> str | None:
         return None
     word = "slower" if change > 0 else "faster"
     return f"order: {abs(np.expm1(change)):.1%} {word} when first in a block than when second"
+
+
+FAULT_NS = 250.0  # the least that one costs: to clear 4 KiB, and a trap
+FAULT_SHARE = 0.01  # the verdict's margin
+# the most that glibc takes for a block to come from the heap, and never
+KEEP_MEMORY = "MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592"
+
+
+def page_faults(step_ns: Floats, count: float) -> str | None:
+    """Memory goes back to the system in a step and comes again: of each process more or less, by luck."""
+    if count * FAULT_NS <= FAULT_SHARE * float(np.median(step_ns)):
+        return None
+    return (
+        f"page faults: {count:,.0f} a step, in each process more or fewer by luck; where memory may be kept, "
+        f"set {KEEP_MEMORY}"
+    )
 
 
 HARMFUL = frozenset({"power_cap", "hw_slowdown", "sw_thermal", "hw_thermal", "power_brake"})
