@@ -43,10 +43,15 @@ one step alone on the device. MFU and MBU are shares of the ceilings that `assay
 
 def main() -> None:
     """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}")
+
+
+def page() -> str:
+    """A section for each run that has left records, in the programme's order."""
     runs = runpy.run_path(str(ROOT / "scripts" / "h200.py"))["RUNS"]
     sections = [section(name, command) for name, (command, _) in runs.items()]
-    PAGE.write_text("\n".join([HEAD, *filter(None, [*sections, alarms_section()])]), encoding="utf-8")
-    print(f"written: {PAGE.relative_to(ROOT)}")
+    return "\n".join([HEAD, *filter(None, [*sections, alarms_section()])])
 
 
 def section(name: str, command: str) -> str:

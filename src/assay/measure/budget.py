@@ -161,9 +161,14 @@ def _fill_holes(libc: ctypes.CDLL) -> None:
     while nbytes >= SMALLEST_HOLE_BYTES:
         end = libc.sbrk(0)
         block = libc.malloc(nbytes)
-        if block is None or block > end or libc.sbrk(0) != end:
-            libc.free(block)  # of new pages, so there is no such hole
+        if block is None or _has_pages_of_its_own(block) or libc.sbrk(0) != end:
+            libc.free(block)  # there is no such hole
             nbytes //= 2
+
+
+def _has_pages_of_its_own(block: int) -> bool:
+    """As glibc notes it in the word before a block, beside its size."""
+    return bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2)
 
 
 def _limit_data(nbytes: int | None) -> None:
