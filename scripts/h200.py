@@ -193,28 +193,22 @@ def partial(out: Path, name: str) -> Path:
     return out / f"{name}.partial.tgz"
 
 
-def take_up(place: Path, out: Path, name: str) -> bool:
-    """Unpack what an earlier call left of a run. False where it left nothing."""
+def take_up(place: Path, out: Path, name: str) -> Path | None:
+    """Unpack what an earlier call left of a run, and say where it lay. None where it left nothing of use."""
     found = next((path for at in (out, KEPT) if (path := partial(at, name)).exists()), None)
-    if found is None:
-        return False
-    with tarfile.open(found) as packed:
-        packed.extractall(place, filter="data")
-    return True
+    if found is not None:
+        try:
+            with tarfile.open(found) as packed:
+                packed.extractall(place, filter="data")
+        except (tarfile.TarError, EOFError, OSError) as e:
+            print(f"== {name}: begins anew, {found} cannot be read: {e}", flush=True)
+            shutil.rmtree(place, ignore_errors=True)
+            return None
+    return found
 
 
-def keep(place: Path, out: Path, name: str, *, ended: bool) -> None:
-    """Copy the records and trials of a run, or of all the runs of a suite and what it says of its KPIs.
-
-    What there is of a run that was broken off is packed to go on with, and takes the place of no whole one's.
-    """
-    if not ended:
-        with tarfile.open(partial(out, name), "w:gz") as packed:
-            packed.add(place, ".", filter=lambda f: None if f.name.endswith("samples.jsonl") else f)
-        if (out / f"{name}.jsonl").exists():
-            return
-    else:
-        partial(out, name).unlink(missing_ok=True)
+def keep(place: Path, out: Path, name: str) -> None:
+    """Copy the records and trials of a run, or of all the runs of a suite and what it says of its KPIs."""
     for kind, suffix in (("records", ""), ("attempts", ".attempts")):
         found = sorted({*place.glob(f"{kind}.jsonl"), *place.glob(f"runs/**/{kind}.jsonl")})
         if lines := b"".join(path.read_bytes() for path in found):
@@ -223,8 +217,16 @@ def keep(place: Path, out: Path, name: str, *, ended: bool) -> None:
         shutil.copy(report, out / f"{name}.json")
 
 
+def pack(place: Path, out: Path, name: str) -> None:
+    """Keep what there is of a run that was broken off, without its single samples, to go on with."""
+    half = out / f"{name}.half.tgz"
+    with tarfile.open(half, "w:gz") as packed:
+        packed.add(place, ".", filter=lambda f: None if f.name.endswith("samples.jsonl") else f)
+    half.replace(partial(out, name))
+
+
 RUNNING: set[subprocess.Popen[bytes]] = set()
-STOPPED = (130, 143, -signal.SIGTERM)  # exit codes
+ENDED = (0, 1, 2, 5)  # exit codes of a run that was whole, whatever it found
 END = [math.inf]  # of time.monotonic(): when no run may go on
 
 
@@ -241,13 +243,14 @@ def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb+") as log:
         place = Path(folder) / "run"
         parts = [sys.executable, "-m", "assay", *shlex.split(command)]
-        if take_up(place, out, name):
+        earlier = take_up(place, out, name)
+        if earlier is not None:
             parts.append("--resume")
         if parts[3] != "doctor":
             parts += ["--dir", str(place)]
         if parts[3] == "compare":
             parts += ["--output", str(Path(folder) / "seed.json")]
-        print(f"== {name}: assay {command}", flush=True)
+        print(f"== {name}: assay {command}" + (f" (goes on from {earlier})" if earlier else ""), flush=True)
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
         sink = log if gpus else None
         child = subprocess.Popen(parts, env={**os.environ, **seen}, stdout=sink, stderr=sink)
@@ -261,8 +264,13 @@ def run(name: str, out: Path, gpus: list[str] | None = None) -> bool:
             child.terminate()
             child.wait()
             RUNNING.discard(child)
-            if place.exists():
-                keep(place, out, name, ended=child.returncode not in STOPPED)
+            if child.returncode in ENDED:
+                keep(place, out, name)
+                partial(out, name).unlink(missing_ok=True)
+                if earlier is not None:
+                    earlier.unlink(missing_ok=True)
+            elif place.exists():
+                pack(place, out, name)
             log.seek(0)
             print(log.read().decode(errors="replace"), end="", flush=True)
     took = time.monotonic() - begin

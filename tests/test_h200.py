@@ -31,7 +31,7 @@ for number in range(done, int(count)):
     with records.open("a") as file:
         file.write(f"{number}\\n")
     time.sleep(float(seconds))
-sys.exit(int(count) == 0)
+sys.exit(4 if int(count) == 0 else 0)
 """
 
 
@@ -66,39 +66,63 @@ def test_a_whole_run_leaves_its_records_and_trials(h200: ModuleType, tmp_path: P
     assert not h200.partial(tmp_path, "a").exists()
 
 
-def test_an_exit_code_that_was_not_expected_counts(h200: ModuleType, tmp_path: Path) -> None:
-    asked(h200, 0, 0)
-    assert h200.run("a", tmp_path) is True
+def broken_off(h200: ModuleType, out: Path) -> None:
+    asked(h200, 3, 60)
+    within(h200, 3)
+    assert h200.run("a", out) is True
+    within(h200, math.inf)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_run_that_was_broken_off_is_gone_on_with(elsewhere: bool, h200: ModuleType, tmp_path: Path) -> None:
-    asked(h200, 3, 60)
-    within(h200, 3)
-    assert h200.run("a", tmp_path) is True
-    assert (tmp_path / "a.jsonl").read_text() == "0\n"
-    with tarfile.open(h200.partial(tmp_path, "a")) as packed:
+def test_a_run_that_was_broken_off_is_gone_on_with(
+    elsewhere: bool, h200: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken_off(h200, tmp_path)
+    kept = h200.partial(tmp_path, "a")
+    with tarfile.open(kept) as packed:
         assert not any("samples" in name for name in packed.getnames())
     out = tmp_path
     if elsewhere:  # the next machine's folder is empty, and the repository has what was kept
         out = tmp_path / "next"
         out.mkdir()
         h200.KEPT.mkdir()
-        h200.partial(tmp_path, "a").rename(h200.partial(h200.KEPT, "a"))
+        kept = kept.rename(h200.partial(h200.KEPT, "a"))
     asked(h200, 3, 0)
-    within(h200, math.inf)
     assert h200.run("a", out) is False
+    assert f"(goes on from {kept})" in capsys.readouterr().out
     assert (out / "a.jsonl").read_text() == "0\n1\n2\n"
-    assert not h200.partial(out, "a").exists()
+    assert not kept.exists()
 
 
-def test_what_was_broken_off_takes_the_place_of_no_whole_run(h200: ModuleType, tmp_path: Path) -> None:
+def test_what_was_broken_off_is_no_result(h200: ModuleType, tmp_path: Path) -> None:
+    broken_off(h200, tmp_path)
+    assert not (tmp_path / "a.jsonl").exists()
     (tmp_path / "a.jsonl").write_text("whole\n")
-    asked(h200, 3, 60)
-    within(h200, 3)
-    assert h200.run("a", tmp_path) is True
+    broken_off(h200, tmp_path)
     assert (tmp_path / "a.jsonl").read_text() == "whole\n"
-    assert h200.partial(tmp_path, "a").exists()
+    with tarfile.open(h200.partial(tmp_path, "a")) as packed:
+        lines = packed.extractfile("./runs/1/records.jsonl")
+        assert lines is not None
+        assert lines.read() == b"0\n1\n", "the second call went on, and was broken off too"
+
+
+def test_a_refused_run_loses_nothing_of_the_one_before(h200: ModuleType, tmp_path: Path) -> None:
+    broken_off(h200, tmp_path)
+    asked(h200, 0, 0)
+    assert h200.run("a", tmp_path) is True, "exit code 4"
+    asked(h200, 3, 0)
+    assert h200.run("a", tmp_path) is False
+    assert (tmp_path / "a.jsonl").read_text() == "0\n1\n2\n"
+
+
+def test_a_damaged_remainder_is_told_and_the_run_begins_anew(
+    h200: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h200.partial(tmp_path, "a").write_bytes(b"half of it")
+    asked(h200, 1, 0)
+    assert h200.run("a", tmp_path) is False
+    assert "begins anew" in capsys.readouterr().out
+    assert (tmp_path / "a.jsonl").read_text() == "0\n"
 
 
 def test_no_run_begins_when_the_time_is_over(h200: ModuleType, tmp_path: Path) -> None:

@@ -196,14 +196,20 @@ def test_claim_that_did_not_hold_voids_the_samples(reply: Finished, status: Stat
     assert found.interval is None
 
 
-def test_threads_that_run_on_are_told_where_they_are_in_anybodys_way() -> None:
+def test_threads_that_run_on_are_told() -> None:
     reply = msgspec.structs.replace(finished(), restless=True)
     stage = {"faults": {"b": at_request(Finish, reply)}}
     warned = {r.arm.name: validity.RESTLESS in r.warnings for r in play(Stage(**stage)).records}
     assert warned == {"a": False, "b": True}
-    for alone in play(Stage(**stage), arms=["b"]).records:
-        assert alone.status is Status.OK
-        assert validity.RESTLESS not in alone.warnings
+
+
+@pytest.mark.parametrize(("arms", "rest"), [(["a", "b"], True), (["b"], False)])
+def test_an_arm_rests_where_another_ones_turn_is_next(arms: list[str], rest: bool) -> None:
+    stage = Stage()
+    play(stage, arms=arms)
+    asked = [r for worker in stage.opened for r in worker.asked if isinstance(r, Sample)]
+    assert asked
+    assert {r.rest for r in asked} == {rest}
 
 
 def test_sample_that_beats_its_physical_floor_is_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -431,8 +431,11 @@ def test_builds_and_turns_begin_where_they_are_told_and_say_where_they_ended(
         assert answer.processor == 7
 
 
-@pytest.mark.parametrize(("answers", "restless"), [([True, True, True], False), ([True, False], True)])
-def test_a_turn_ends_at_rest_and_a_thread_that_never_does_is_told(
+@pytest.mark.parametrize(
+    ("answers", "restless"),
+    [([True] * 5, False), ([False, False, True, False, False], False), ([False] * 3, True)],
+)
+def test_a_turn_ends_at_rest_and_an_arm_that_never_does_is_told(
     answers: list[bool], restless: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = list(answers)
@@ -440,7 +443,7 @@ def test_a_turn_ends_at_rest_and_a_thread_that_never_does_is_told(
     mine = runner([], [])
     ask(mine, Build())
     ask(mine, Warm(floor=1))
-    for turn in (Settle(), Sample(), Sample()):
+    for turn in (Settle(), Sample(), Sample(), Sample(rest=False), Sample(), Sample()):
         assert isinstance(ask(mine, turn), Sampled)
     assert left == []
     done = ask(mine, Finish(profile=False))
@@ -449,7 +452,7 @@ def test_a_turn_ends_at_rest_and_a_thread_that_never_does_is_told(
 
 
 def test_page_faults_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = iter([0, 1000, 1020, 1020, 1050, 1050, 5050])
+    counts = iter([1000, 1020, 1020, 1050, 1050, 5050])
     mine = runner([], [])
     ask(mine, Build())
     ready = ask(mine, Warm(floor=1))
@@ -554,10 +557,10 @@ def test_arm_that_compiles_nothing_does_not_import_the_compiler(workload: str, t
     opening = Open(case=case, arm=Arm(name="a", target="eager"), scratch=str(tmp_path), weights="own")
     (tmp_path / "opening").write_bytes(msgspec.msgpack.encode(opening))
     code = (
-        "import sys; from pathlib import Path; import msgspec; from assay.wire import Open, Sample\n"
+        "import sys; from pathlib import Path; import msgspec; from assay.wire import Open\n"
         "from assay.worker import open_runner\n"
         "runner = open_runner(msgspec.msgpack.decode(Path(sys.argv[1]).read_bytes(), type=Open))\n"
-        "runner.build(); runner.measure_memory(); runner.warm(1); runner.turn(Sample())\n"
+        "runner.build(); runner.measure_memory(); runner.warm(1); runner.turn()\n"
         "assert runner.finish(profile=True).operators\n"
         "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
     )

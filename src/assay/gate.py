@@ -28,7 +28,7 @@ __all__ = [
     "explain",
     "first_departing",
     "gradient_norm",
-    "is_number",
+    "is_real_or_complex",
     "judge_outputs",
     "probe_figure",
     "worst",
@@ -78,7 +78,7 @@ def compare(out: Tensor, ref: Tensor, scale: float | None = None) -> Departure:
     """
     if tuple(out.shape) != tuple(ref.shape):
         return Departure(math.inf, "", f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}")
-    if not is_number(out):
+    if not is_real_or_complex(out):
         return _compare_integers(out, ref)
     target = _double(ref)
     delta = _double(out) - target
@@ -102,7 +102,7 @@ def _same(out: Tensor, ref: Tensor) -> Tensor:
     return (out == ref) | (out.isnan() & ref.isnan())
 
 
-def is_number(t: Tensor) -> bool:
+def is_real_or_complex(t: Tensor) -> bool:
     """Whether its entries are real or complex numbers, which rounding may move; integers must agree."""
     return t.is_floating_point() or t.is_complex()
 
@@ -246,7 +246,7 @@ def _figure(
 
 def _spread(out: Tensor, ref: Tensor) -> Spread | None:
     """Further error figures of one tensor of numbers of the oracle's shape; nothing is masked."""
-    if out.shape != ref.shape or out.numel() == 0 or not is_number(out):
+    if out.shape != ref.shape or out.numel() == 0 or not is_real_or_complex(out):
         return None
     target = _double(ref)
     off = (_double(out) - target).abs().masked_fill(_same(out, ref), 0.0)

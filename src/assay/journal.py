@@ -261,8 +261,9 @@ class Journal:
             after=_readings(telemetry, "after."),
             cores=finished.environment.cores,
             kernel_ns=finished.kernel_ns.get("step"),
-            restless=finished.restless and not pair.alone,
+            restless=finished.restless,
             page_faults=finished.page_faults,
+            variables=finished.environment.variables,
         )
         found = validity.warnings(facts)
         if not ready.warm_up.steady:

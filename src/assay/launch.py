@@ -204,7 +204,7 @@ class Launcher:
         log_times: list[float] = []
         while not blocks.stop:
             with _blaming(arm):
-                timing = ask(launch.channels[arm.name], Sample(), Sampled).timing
+                timing = ask(launch.channels[arm.name], Sample(rest=False), Sampled).timing
             blocks.baseline.append(timing)
             blocks.order += "B"
             self.journal.sample(pair, launch.number, blocks, len(blocks.order) - 1)
@@ -288,7 +288,7 @@ class Launcher:
         end = time.monotonic() + self.config.time_budget_s / self.config.launches / 2
         with self.interrupt.finishing_first(), _blaming(arm):
             while not self.interrupt.asked:
-                times.append(ask(launch.channels[arm.name], Sample(), Sampled).timing)
+                times.append(ask(launch.channels[arm.name], Sample(rest=False), Sampled).timing)
                 if len(times) >= asked if asked else len(times) >= 2 and time.monotonic() >= end:
                     break
         return times

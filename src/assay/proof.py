@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from assay.contracts import Claim
-from assay.gate import is_number
+from assay.gate import is_real_or_complex
 from assay.measure.record import Scalar
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def sampled(outputs: Mapping[str, Tensor]) -> Tensor:
 
     found = [torch.zeros(0, dtype=torch.float64)]
     for t in outputs.values():
-        if is_number(t) and t.numel():
+        if is_real_or_complex(t) and t.numel():
             flat = t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLED)].cpu()
             some = torch.view_as_real(flat.to(torch.complex128)).reshape(-1).nan_to_num()
             found.append(some / some.norm().clamp_min(1e-300))

@@ -150,16 +150,16 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """One turn: an untimed lead-in, then one sample."""
+    """One turn: an untimed lead-in, then one sample. `rest`: the next turn is another arm's."""
 
     lead_in: int = 1
     processor: int | None = None
+    rest: bool = True
 
 
 class Settle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One turn that nobody keeps, answered like the others."""
 
-    lead_in: int = 1
     processor: int | None = None
 
 

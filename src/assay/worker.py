@@ -60,6 +60,8 @@ from assay.wire import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+RESTLESS_TURNS = 3  # in a row, and it never rests: nobody waits for it any more
+
 __all__ = ["Runner", "import_torch", "main", "open_runner"]
 
 
@@ -98,7 +100,7 @@ class Runner:
         self._counted: dict[str, Scalar] = {}
         self._steps_ns: list[float] = []
         self._page_faults: list[float] = []
-        self._rests = True
+        self._restless = 0  # turns in a row after which a thread ran on
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -132,8 +134,10 @@ class Runner:
                 return self.gate(request.made, request.stage)
             case Warm():
                 return self.warm(request.floor)
-            case Settle() | Sample():
-                return self.turn(request)
+            case Settle():
+                return self.turn(request.processor)
+            case Sample():
+                return self._kept(request)
             case Finish():
                 return self.finish(profile=request.profile)
             case Open():
@@ -278,17 +282,22 @@ class Runner:
             resolution_ns=sampler.clock.resolution_ns,
         )
 
-    def turn(self, request: Settle | Sample) -> Sampled:
-        """One turn. It is over when no thread of this process runs any more: the next is another arm's."""
-        processor.move(request.processor)
-        sampler, faults = self._ready(), processor.page_faults()
-        timing = sampler.sample(request.lead_in)
+    def turn(self, where: int | None = None, lead_in: int = 1, *, rest: bool = True) -> Sampled:
+        """One turn. It is over when no thread of this process runs any more, if another arm's is next."""
+        processor.move(where)
+        timing = self._ready().sample(lead_in)
         ended_on = processor.current()
-        if isinstance(request, Sample):
-            self._steps_ns.append(timing.step_ns)
-            self._page_faults.append((processor.page_faults() - faults) / (request.lead_in + sampler.inner))
-        self._rests = self._rests and processor.rest()  # once is enough to know a thread that never does
+        if rest and self._restless < RESTLESS_TURNS:
+            self._restless = 0 if processor.rest() else self._restless + 1
         return Sampled(timing=timing, processor=ended_on)
+
+    def _kept(self, request: Sample) -> Sampled:
+        faults = processor.page_faults()
+        found = self.turn(request.processor, request.lead_in, rest=request.rest)
+        steps = request.lead_in + self._ready().inner
+        self._page_faults.append((processor.page_faults() - faults) / steps)
+        self._steps_ns.append(found.timing.step_ns)
+        return found
 
     def finish(self, *, profile: bool) -> Finished:
         """After the last sample: recompiles, counters, claims, telemetry."""
@@ -315,7 +324,7 @@ class Runner:
             void=void or "",
             operators=operators,
             kernel_ns=kernel_ns,
-            restless=not self._rests,
+            restless=self._restless >= RESTLESS_TURNS,
             page_faults=statistics.median(self._page_faults or [0.0]),
             environment=msgspec.structs.replace(seen, telemetry=telemetry),
         )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from assay.gate import ROUNDING, is_number
+from assay.gate import ROUNDING, is_real_or_complex
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def below_float64(answers: Mapping[str, Tensor]) -> str:
     import torch
 
     for name, t in answers.items():
-        if is_number(t) and torch.finfo(t.dtype).eps > ROUNDING["fp64"]:
+        if is_real_or_complex(t) and torch.finfo(t.dtype).eps > ROUNDING["fp64"]:
             return f"{name} in {str(t.dtype).removeprefix('torch.')}"
     return ""
 
@@ -71,7 +71,7 @@ def opaque_rounding(output: Tensor) -> float:
     """
     import torch
 
-    if not is_number(output):
+    if not is_real_or_complex(output):
         return 0.0
     unit = torch.finfo(output.dtype).eps
     return unit if unit > ROUNDING["fp16"] else OPAQUE_ROUNDING * unit

@@ -1,13 +1,10 @@
 """A thread follows another to its processor, and is not held there."""
 
-import contextlib
-import hashlib
 import os
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,52 +32,58 @@ def test_threads_that_start_after_a_move_may_run_anywhere() -> None:
     assert found == [allowed]
 
 
-@contextlib.contextmanager
-def working(seconds: float) -> Iterator[threading.Thread]:
-    """A thread that computes for so long."""
-    end = time.monotonic() + seconds
+@pytest.fixture
+def threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+    """Threads by number, and in how many looks each runs; the system tells of these, and time is theirs."""
+    states: dict[int, str] = {}
+    now = [0.0]
 
-    def work() -> None:
-        while time.monotonic() < end:
-            hashlib.sha256(bytes(1 << 20))  # lets other threads have the interpreter
+    def write() -> None:
+        for number, state in states.items():
+            (tmp_path / str(number)).mkdir(exist_ok=True)
+            (tmp_path / str(number) / "stat").write_bytes(
+                b"%d (a) \xc3 R) %c 1" % (number, state[0].encode())
+            )
+            states[number] = state[1:] or state
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield thread
-    finally:
-        thread.join()
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        write()
 
-
-def test_rest_is_when_no_other_thread_runs() -> None:
-    begin = time.monotonic()
-    with working(0.1):
-        assert processor.rest(5)
-        assert time.monotonic() - begin >= 0.1
-    assert processor.rest(0)
+    monkeypatch.setattr(processor, "TASKS", tmp_path)
+    monkeypatch.setattr(processor, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    return states
 
 
-def test_a_thread_that_never_rests_is_not_waited_for_longer_than_that() -> None:
-    with working(1.0) as thread:
-        assert not processor.rest(0.05)
-        assert thread.is_alive()
+def test_rest_is_when_no_other_thread_runs(threads: dict[int, str]) -> None:
+    threads |= {1: "S", 2: "RRRS", 3: "D", threading.get_native_id(): "R"}
+    processor.time.sleep(0)
+    assert processor.rest()
+    assert threads[2] == "S"
 
 
-def test_threads_that_wait_are_at_rest() -> None:
-    let_go = threading.Event()
-    thread = threading.Thread(target=let_go.wait)
-    thread.start()
-    try:
-        assert processor.rest(1)
-    finally:
-        let_go.set()
-        thread.join()
+def test_a_thread_that_never_rests_is_not_waited_for_longer_than_that(threads: dict[int, str]) -> None:
+    threads |= {1: "S", 2: "R"}
+    processor.time.sleep(0)
+    assert not processor.rest(0.05)
+    assert processor.time.monotonic() == pytest.approx(0.05, abs=1e-3)
 
 
 def test_where_the_system_tells_nothing_there_is_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "TASKS", Path("/nowhere"))
-    with working(0.1):
-        assert processor.rest(0)
+    assert processor.rest(0)
+
+
+def test_threads_of_a_process_that_waits_are_at_rest() -> None:
+    """With the system's own word for it."""
+    let_go = threading.Event()
+    thread = threading.Thread(target=let_go.wait)
+    thread.start()
+    try:
+        assert processor.rest(30)
+    finally:
+        let_go.set()
+        thread.join()
 
 
 def test_pages_that_come_from_the_system_are_counted() -> None:

@@ -79,6 +79,8 @@ def test_page_faults_are_told_where_they_cost_a_share_that_matters() -> None:
     assert line.startswith("page faults: 2,016 a step")
     assert "MALLOC_TRIM_THRESHOLD_=" in line
     assert not warnings(facts(noise(0), page_faults=2016, clock="cuda")), "the device's time, not the host's"
+    (bare,) = warnings(facts(noise(0), page_faults=2016, variables={"LD_PRELOAD": "libjemalloc.so"}))
+    assert "MALLOC" not in bare
 
 
 @pytest.mark.parametrize("rate, word", [(1.05, "slower"), (0.95, "faster")])

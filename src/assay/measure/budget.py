@@ -23,7 +23,8 @@ __all__ = ["Budget", "CudaBudget", "HostBudget", "budget"]
 
 MIB = 2**20
 OWN_PAGES_BYTES = 2**14  # allocations from here on are pages of their own
-ROOM_BYTES, OBJECT_BYTES = 2**23, 2**9  # the largest objects of which Python's own allocator makes room
+ROOM_BYTES = 2**23  # for small objects of Python
+OBJECT_BYTES = 2**9  # the largest that Python's own allocator makes room for
 LARGEST_HOLE_BYTES, SMALLEST_HOLE_BYTES = 2**18, 2**10  # asked for by halves; below a KiB holes are left
 _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -2, -3, -8  # glibc's malloc.h
 
@@ -153,22 +154,29 @@ def _room_for_objects() -> list[bytes]:
 
 
 def _fill_holes(libc: ctypes.CDLL) -> None:
-    """Take what is free in the heap: where imports left room, some blocks of a step would cost nothing."""
+    """Take what is free in the heap: where imports left room, some blocks of a step would cost nothing.
+
+    Another allocator than glibc's has no blocks there, and is left as it is.
+    """
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    nbytes = LARGEST_HOLE_BYTES
-    while nbytes >= SMALLEST_HOLE_BYTES:
-        end = libc.sbrk(0)
+    heap = _heap()
+    left, nbytes = len(heap), LARGEST_HOLE_BYTES
+    while nbytes >= SMALLEST_HOLE_BYTES and left > 0:
         block = libc.malloc(nbytes)
-        if block is None or _has_pages_of_its_own(block) or libc.sbrk(0) != end:
+        if block is not None and block in heap:
+            left -= nbytes
+        else:
             libc.free(block)  # there is no such hole
             nbytes //= 2
 
 
-def _has_pages_of_its_own(block: int) -> bool:
-    """As glibc notes it in the word before a block, beside its size."""
-    return bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2)
+def _heap() -> range:
+    """The addresses of the heap that blocks below OWN_PAGES_BYTES come from; none where there is no such."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    found = next((line for line in lines if line.endswith("[heap]")), "0-0")
+    start, _, end = found.partition(" ")[0].partition("-")
+    return range(int(start, 16), int(end, 16))
 
 
 def _limit_data(nbytes: int | None) -> None:

@@ -69,14 +69,14 @@ def _others_run() -> bool:
     mine = threading.get_native_id()
     for task in TASKS.iterdir() if TASKS.exists() else ():
         with contextlib.suppress(OSError):  # a thread that has ended
-            if int(task.name) != mine and (task / "stat").read_text().rpartition(") ")[2][0] == "R":
+            if int(task.name) != mine and (task / "stat").read_bytes().rpartition(b") ")[2][:1] == b"R":
                 return True
     return False
 
 
 def page_faults() -> int:
-    """How many pages of memory this process has had to ask the system for; 0 where it does not tell."""
-    if sys.platform == "win32":
+    """Minor page faults of this process so far: most are memory that came from the system. 0 but on Linux."""
+    if sys.platform != "linux":
         return 0
     import resource
 

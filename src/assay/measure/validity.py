@@ -43,6 +43,7 @@ class Facts:
     kernel_ns: float | None = None  # of a step on CUDA in which kernels ran, where it was profiled
     restless: bool = False  # whether threads of this arm's process ran on after its turns
     page_faults: float = 0.0  # of this arm's process in a step
+    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
 
 
 def warnings(facts: Facts) -> list[str]:
@@ -59,7 +60,7 @@ def warnings(facts: Facts) -> list[str]:
         throttled(facts.before, facts.after),
         busy(facts.before, facts.cores),
         RESTLESS if facts.restless else None,
-        page_faults(step_ns, facts.page_faults) if facts.clock == "wall" else None,
+        page_faults(step_ns, facts.page_faults, facts.variables) if facts.clock == "wall" else None,
     )
     return [line for line in found if line]
 
@@ -248,14 +249,13 @@ FAULT_SHARE = 0.01  # the verdict's margin
 KEEP_MEMORY = "MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592"
 
 
-def page_faults(step_ns: Floats, count: float) -> str | None:
+def page_faults(step_ns: Floats, count: float, variables: Mapping[str, str]) -> str | None:
     """Memory goes back to the system in a step and comes again: of each process more or less, by luck."""
     if count * FAULT_NS <= FAULT_SHARE * float(np.median(step_ns)):
         return None
-    return (
-        f"page faults: {count:,.0f} a step, in each process more or fewer by luck; where memory may be kept, "
-        f"set {KEEP_MEMORY}"
-    )
+    told = f"page faults: {count:,.0f} a step, in each process more or fewer by luck"
+    chosen = any(name == "LD_PRELOAD" or name.startswith("MALLOC_") for name in variables)
+    return told if chosen else f"{told}; glibc keeps its memory with {KEEP_MEMORY}"
 
 
 HARMFUL = frozenset({"power_cap", "hw_slowdown", "sw_thermal", "hw_thermal", "power_brake"})

@@ -114,18 +114,21 @@ def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
             (tmp_path / folder / "__init__.py").touch()
         file.write_text(text)
 
+    def forget() -> None:
+        for name in [n for n in sys.modules if n.partition(".")[0] in THEIRS]:
+            monkeypatch.delitem(sys.modules, name)
+
     monkeypatch.syspath_prepend(tmp_path)
-    before = set(sys.modules)
+    forget()
     yield put
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+    forget()
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [("trl", {"warn_if_no_head": False}), ("torchtune", {"enable_activation_offloading": True})],
 )
-def testpeers_are_made_as_their_trainers_make_them(
+def test_peers_are_made_as_their_trainers_make_them(
     name: str, options: dict[str, bool], peer: Callable[[str, str], None]
 ) -> None:
     peer(THEIRS[name][0], PEER)

@@ -297,7 +297,7 @@ def build_policy(
 
 
 def _theirs(name: str, module: nn.Module) -> saved_tensors_hooks:
-    """The hooks of torchtune or TRL as their trainers make them: they leave parameters and the head alone."""
+    """The hooks of torchtune or TRL, made for the model as their trainers do."""
     place, options = THEIRS[name]
     needed = name
     try:
