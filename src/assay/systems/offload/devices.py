@@ -141,8 +141,8 @@ class CudaDevice:
     overlaps = True
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", self._index)
 
     def compute(self) -> torch.cuda.Stream:
         return _stream(*torch._C._cuda_getCurrentStream(self._index))
@@ -171,12 +171,15 @@ class CudaDevice:
         return peak
 
     def copy(self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor) -> None:
-        before = _stream(*torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice()))
+        # each device has a current stream, and one device is the current one: all as it was
+        device, before = torch._C._cuda_getDevice(), self.compute()
         torch.cuda.set_stream(stream)
         try:
             destination.copy_(source, non_blocking=True)
         finally:
-            torch.cuda.set_stream(before)  # its device, which may be another, is the current one again
+            torch.cuda.set_stream(before)
+            if device != self._index:
+                torch.cuda.set_device(device)
 
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
