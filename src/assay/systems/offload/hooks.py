@@ -70,7 +70,8 @@ def offload_activations(
     prefetch: bring back in reverse order of saving, ahead of need; else each when it is needed.
     pin: pinned host memory. Without it every copy makes the host wait.
     skip_last: so many storages, the last ones saved before backward, are never copied.
-    budget_bytes: the most that the pool may hold; what does not fit stays. Default: half the host's memory.
+    budget_bytes: the most that the pool may take; what does not fit stays. Default: half the host's memory,
+        or of what a container may have.
     device: `cuda` (every CUDA device), `cuda:N` or `cpu`. Default: `cuda` where there is one, else `cpu`.
     policy: asked once for each storage that passes all the rest; false means that it stays.
     target_mib: activations on a device peak at this, and what leaves is chosen so that compute waits least.
@@ -105,7 +106,8 @@ class Offloader:
         list(held_tensors(held))  # refuse now what cannot be held
         self._open = open_device
         pin = self.options.pin and self._where.type == "cuda"
-        self._pool = HostPool(host_budget(self.options.budget_bytes), functools.partial(host_bytes, pin=pin))
+        budget = host_budget(self.options.budget_bytes)
+        self._pool = HostPool(budget, functools.partial(host_bytes, pin=pin), slabs=pin)
         self._lock = threading.RLock()
         target = self.options.target_mib
         self._chooser = (

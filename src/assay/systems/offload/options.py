@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ __all__ = [
     "held_tensors",
     "host_budget",
     "host_bytes",
+    "host_memory",
 ]
 
 MIB = 2**20
@@ -127,13 +130,31 @@ def find_device(name: str | None) -> torch.device:
 
 def host_budget(asked: int | None) -> int:
     """The pool's limit in bytes. Raises Unavailable where the host has less memory than was asked for."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = host_memory()
     if asked is not None and asked > host:
         raise Unavailable(
             f"the pool may take {asked / MIB:.0f} MiB of host memory and the host has {host / MIB:.0f} MiB",
             "lower budget_bytes",
         )
     return host // 2 if asked is None else asked
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may have: the machine's, or what its control groups allow, as containers do."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):  # not Linux, or hidden
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+            top = root / "sys/fs/cgroup" / place
+            group = top / path.lstrip("/")
+            for folder in (group, *group.parents):  # a limit binds what lies below, too
+                if folder.is_relative_to(top):
+                    with contextlib.suppress(OSError, ValueError):  # `max`: none here
+                        limits.append(int((folder / name).read_text()))
+    return min(limits)
 
 
 def host_bytes(nbytes: int, pin: bool) -> Tensor:
