@@ -39,6 +39,14 @@ def test_counter_that_is_missing_or_text_proves_nothing() -> None:
     assert proof.prove([claim(">", 0)], {"replays": "many"}) == ["graphs ran: replays is many, expected > 0"]
 
 
+def test_counters_that_say_more_stand_beside_a_claim_that_fails() -> None:
+    told = Claim(counter="n", comparison="==", value=0, why="same", told=("worst", "off", "absent"))
+    assert proof.prove([told], {"n": 2, "worst": "w", "off": 0.5}) == [
+        "same: n is 2, expected == 0 (worst is w, off is 0.5)"
+    ]
+    assert proof.prove([told], {"n": 0, "worst": "w"}) == []
+
+
 def test_a_claim_about_the_timed_region_is_judged_on_what_the_counter_gained_there() -> None:
     claim = Claim(counter="replays", comparison=">", value=0, why="graphs replayed", timed=True)
     assert proof.prove([claim], {"replays": 9}, {"replays": 4}) == []

@@ -127,7 +127,7 @@ class Claim:
     """A counter that proves a variant's feature took effect: `counter` `comparison` `value`.
 
     `timed` claims speak of what the counter gained between the first sample and the last; the others of all
-    that the process did, compiling included.
+    that the process did, compiling included. `told` are counters that say more where the claim fails.
     """
 
     counter: str
@@ -135,6 +135,7 @@ class Claim:
     value: float
     why: str
     timed: bool = False
+    told: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

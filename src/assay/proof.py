@@ -40,9 +40,11 @@ def prove(
         if isinstance(got, str) or got is None or not _COMPARE[claim.comparison](got, claim.value):
             seen = "not counted" if got is None else got
             when = " while timed" if claim.timed else ""
-            failures.append(
+            failure = (
                 f"{claim.why}: {claim.counter} is {seen}{when}, expected {claim.comparison} {claim.value:g}"
             )
+            more = [f"{name} is {counters[name]}" for name in claim.told if name in counters]
+            failures.append(failure + (f" ({', '.join(more)})" if more else ""))
     return failures
 
 

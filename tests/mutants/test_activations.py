@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import pytest
@@ -11,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from assay import proof
 from assay.contracts import Case
 from assay.plugins import find
-from assay.systems.activations.language import PolicyLM, _rounding, blocks_of
-from assay.systems.activations.policies import Checkpoint, Offload, Policy
+from assay.systems.activations import policies
+from assay.systems.activations.language import PolicyLM, _farthest, _rounding, blocks_of
+from assay.systems.activations.policies import THEIRS, Checkpoint, Offload, Policy
 from assay.systems.decoder.adapter import ModuleLM
 from assay.systems.decoder.build import build_decoder
 from assay.systems.decoder.parts import Parts
@@ -95,6 +97,15 @@ def test_a_tensor_that_reproduced_by_luck_may_be_rounded_otherwise(
     found = _Scattered(scatter=scatter, off=off).differing(2, 16)
     assert found["different_tensors"] == different
     assert found["reproduced_tensors"] == (1 if scatter else 2)
+    assert found.get("farthest_different") == ("lucky" if different else None)
+    assert found.get("farthest_departure") == (pytest.approx(off * 2**-8, rel=1e-2) if different else None)
+
+
+def test_a_gradient_that_is_no_number_is_the_farthest_off() -> None:
+    assert _farthest({}) == {}
+    found = _farthest({"rounded": 0.004, "lost": math.nan, "wrong": 2.6e6})
+    assert found["farthest_different"] == "lost"
+    assert math.isnan(float(found["farthest_departure"]))
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float32, 2**-24)])
@@ -143,6 +154,24 @@ def test_steps_on_a_gpu_reproduce_to_the_bit(base: str) -> None:
             found = cast("PolicyLM", system).differing(4, 2048)
         assert found["reproduced_tensors"] == found["compared_tensors"]
         assert found["different_tensors"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inside", [False, True])
+def test_trl_without_backward_inside_is_caught(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that we made: its trainer has backward inside, and gradients are wrong where it is not."""
+    pytest.importorskip("trl")
+    case = Case(
+        workload="train", params={"shape": "llama-1b", "batch_size": 4, "seq_length": 2048}, dtype="bf16",
+        device="cuda",
+    )  # fmt: skip
+    place, options, spans = THEIRS["trl"]
+    assert spans
+    monkeypatch.setattr(policies, "THEIRS", {"trl": (place, options, inside)})
+    with find("variants", "activations").build(case, {"policy": "trl", "base": "hf-liger"}) as system:
+        found = cast("PolicyLM", system).differing(4, 2048)
+    assert found["reproduced_tensors"] == found["compared_tensors"]
+    assert (found["different_tensors"] == 0) == inside
 
 
 def test_plan_that_misses_the_target_it_was_given_is_no_plan_for_it() -> None:

@@ -157,6 +157,7 @@ _LOSSLESS = Claim(
     comparison="==",
     value=0,
     why="loss and gradients are those without the policy",
+    told=("farthest_different", "farthest_departure"),
 )
 _LOSSY = Claim(
     counter="offload_bytes_spared",

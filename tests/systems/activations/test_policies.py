@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from assay.errors import Unavailable
 from assay.systems.activations import POLICIES
+from assay.systems.activations.language import PolicyLM
 from assay.systems.activations.policies import THEIRS, Checkpoint, Hooks, Offload, Policy, build_policy
+from assay.systems.decoder.build import build_decoder
+from assay.systems.decoder.parts import Parts
 from assay.systems.offload import offload_activations
 from tests.systems.offload.helpers import gradients, mlp, same
 
@@ -134,6 +138,7 @@ def test_peers_are_made_as_their_trainers_make_them(
     peer(THEIRS[name][0], PEER)
     model = mlp()
     policy = build_policy(name, model, [], "cuda", {})
+    assert policy.spans_backward == (name == "trl")
     assert policy.around().given == (model, options)  # type: ignore[attr-defined]  # the fake's
     assert same(steps(policy, model), steps(Policy(), model))
     assert int(policy.counters()["packed_tensors"]) > 0
@@ -166,3 +171,67 @@ def test_every_policy_that_the_cpu_has_is_built() -> None:
     }
     assert kinds == {"off": Policy, "offload": Offload, "checkpoint": Checkpoint}
     assert next(iter(POLICIES)) == "off"
+
+
+class _Spanning(Hooks):
+    """Hooks that must not be left before backward, as TRL's: they drop what they keep on the way out."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self.left = 0
+
+        def pack(t: Tensor) -> int:
+            self.kept[len(self.kept)] = t
+            return len(self.kept) - 1
+
+        super().__init__(saved_tensors_hooks(pack, lambda n: self.kept[n]), spans_backward=True)
+
+    @contextlib.contextmanager
+    def around(self, *held: Tensor) -> Iterator[None]:
+        with super().around(*held):
+            yield
+        self.kept.clear()
+        self.left += 1
+
+
+def _language(policy: Policy) -> PolicyLM:
+    inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
+    return PolicyLM(inner, policy, 2, 16)
+
+
+def _packs(policy: Hooks) -> bool:
+    """Whether what autograd saves now goes to it."""
+    before = policy.counters()["packed_tensors"]
+    torch.ones(2, requires_grad=True).exp()
+    return policy.counters()["packed_tensors"] != before
+
+
+@pytest.mark.parametrize("end", ["gradients", "zero_grad", "optimizer_step", "loss"])
+def test_policy_that_spans_backward_is_left_by_what_comes_after(end: str) -> None:
+    policy, ids_BT = _Spanning(), torch.arange(32).reshape(2, 16)
+    language = _language(policy)
+    language.loss(ids_BT).backward()  # type: ignore[no-untyped-call]
+    assert (policy.left, _packs(policy)) == (0, True)
+    match end:
+        case "optimizer_step":
+            language.optimizer_step("sgd")
+        case "loss":
+            language.loss(ids_BT)
+        case _:
+            getattr(language, end)()
+    assert (policy.left, _packs(policy)) == (1, end == "loss")
+    language.zero_grad()
+    assert not _packs(policy)
+
+
+def test_policy_that_spans_backward_is_left_where_forward_fails() -> None:
+    policy = _Spanning()
+    language = _language(policy)
+    with pytest.raises(IndexError):
+        language.loss(torch.full((2, 16), language.vocab_size))
+    assert not _packs(policy)
+
+
+def test_policy_that_spans_backward_is_proved_with_backward_inside() -> None:
+    found = _language(_Spanning()).differing(2, 16)
+    assert (found["different_tensors"], found["reproduced_tensors"]) == (0, found["compared_tensors"])

@@ -7,6 +7,7 @@ and with deterministic algorithms, after those without have been held against th
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ __all__ = ["PolicyLM", "blocks_of"]
 
 SCATTER = 3.0  # a tensor may depart from the baseline's this many times as far as the baseline's own repeats
 REPEATS = 2
+TINY = 1e-30  # of a norm: what divides is never zero
 _ATTENTION_BACKWARD = re.compile(r"(flash|efficient)_attention\w*_backward")
 
 
@@ -39,12 +41,14 @@ class PolicyLM:
         self._inner, self._policy = inner, policy
         self._size = (batch, length)
         self._found: dict[str, Scalar] = {}
+        self._under = contextlib.ExitStack()  # of a step whose backward belongs inside
 
     def __enter__(self) -> Self:
         self._inner.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._end_step()
         self._inner.__exit__(*exc)
 
     @property
@@ -57,8 +61,17 @@ class PolicyLM:
 
     def loss(self, ids_BT: Tensor) -> Tensor:
         """The inner model's loss, a scalar, ready for backward, under the policy."""
-        with self._policy.around(ids_BT):
-            return self._inner.loss(ids_BT)
+        self._end_step()
+        with contextlib.ExitStack() as under:
+            under.enter_context(self._policy.around(ids_BT))
+            loss = self._inner.loss(ids_BT)
+            if self._policy.spans_backward:
+                self._under = under.pop_all()
+        return loss
+
+    def _end_step(self) -> None:
+        """Leave the policy that spans backward: by whatever comes after it."""
+        self._under.close()
 
     def decoding(self, batch: int, max_length: int) -> Any:
         """The inner model's."""
@@ -71,12 +84,15 @@ class PolicyLM:
         self._inner.load(state)
 
     def gradients(self) -> Mapping[str, Tensor | None]:
+        self._end_step()
         return self._inner.gradients()
 
     def zero_grad(self) -> None:
+        self._end_step()
         self._inner.zero_grad()
 
     def optimizer_step(self, name: str) -> None:
+        self._end_step()
         self._inner.optimizer_step(name)
 
     def layers(self) -> Mapping[str, nn.Module]:
@@ -100,7 +116,8 @@ class PolicyLM:
 
         `different_tensors` counts the loss and the gradients that depart further than SCATTER times what the
         baseline departs from itself: where all tensors reproduce, every one that is not bit-identical. Where
-        some do not, one that did may have by luck: it may depart like one that was rounded once.
+        some do not, one that did may have by luck: it may depart like one that was rounded once. How far off
+        the farthest is tells rounding from wrong data.
         Smaller batches, then shorter sequences, where the step without does not fit.
         """
         while True:
@@ -125,13 +142,16 @@ class PolicyLM:
             limit = {name: SCATTER * departure for name, departure in scatter.items()}
             if any(limit.values()):
                 limit = {name: max(limit[name], SCATTER * _rounding(t)) for name, t in first.items()}
-            different: dict[str, None] = {}  # in order
+            different: dict[str, float] = {}  # the farthest that each was off, as a share of its size
             for _ in range(REPEATS):
                 self._answers(others_BT, self._policy)  # what it keeps of one step must not come in the next
                 before = self._bytes_out()
                 found = self._departures(first, ids_BT, self._policy)
-                # not `>`: a NaN is no agreement
-                different |= {name: None for name, d in found.items() if not d <= limit[name]}
+                for name in (
+                    name for name, d in found.items() if not d <= limit[name]
+                ):  # nor is NaN agreement
+                    off = found[name] / float(first[name].norm(dtype=torch.float32).clamp_min(TINY))
+                    different[name] = max(off, different.get(name, 0.0), key=_nan_first)
         self.zero_grad()
         return {
             "compared_tensors": len(first),
@@ -140,7 +160,7 @@ class PolicyLM:
             "compared_batch": batch,
             "compared_length": length,
             **self._share_out(ledger, self._bytes_out() - before),
-            **({"first_different": next(iter(different))} if different else {}),
+            **_farthest(different),
         }
 
     def _bytes_out(self) -> int:
@@ -167,9 +187,12 @@ class PolicyLM:
 
     def _answers(self, ids_BT: Tensor, policy: Policy) -> dict[str, Tensor]:
         self.zero_grad()
-        with policy.around(ids_BT):
+        with contextlib.ExitStack() as under:
+            under.enter_context(policy.around(ids_BT))
             loss = self._inner.loss(ids_BT)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            if not policy.spans_backward:
+                under.close()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         return {"loss": loss.detach()} | {n: g for n, g in self.gradients().items() if g is not None}
 
 
@@ -179,6 +202,19 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise UsageError(f"{type(module).__name__} has no blocks", expected="a decoder with `model.layers`")
     return list(blocks)
+
+
+def _nan_first(departure: float) -> float:
+    """A departure for comparing: one that is no number is the farthest."""
+    return math.inf if math.isnan(departure) else departure
+
+
+def _farthest(different: Mapping[str, float]) -> dict[str, Scalar]:
+    """The tensor that is the farthest off, and by how much of its size: rounding, or wrong data."""
+    if not different:
+        return {}
+    name = max(different, key=lambda name: _nan_first(different[name]))
+    return {"farthest_different": name, "farthest_departure": float(f"{different[name]:.3g}")}
 
 
 def _rounding(t: Tensor) -> float:

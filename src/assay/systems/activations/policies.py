@@ -34,15 +34,19 @@ from assay.systems.offload import (
 __all__ = ["Auto", "Checkpoint", "Hooks", "Offload", "Policy", "build_policy"]
 
 MIB = 2**20
-# where their trainers take the hooks from, and what for, beside the model
-THEIRS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "torchtune": ("torchtune.training", {"enable_activation_offloading": True}),
-    "trl": ("trl.models.activation_offloading", {"warn_if_no_head": False}),
+# where their trainers take the hooks from, what for beside the model, and whether backward is inside: TRL's
+# trainer leaves the context after it, and gradients are wrong where backward comes later (docs/vram.md)
+THEIRS: Mapping[str, tuple[str, dict[str, Any], bool]] = {
+    "torchtune": ("torchtune.training", {"enable_activation_offloading": True}, False),
+    "trl": ("trl.models.activation_offloading", {"warn_if_no_head": False}, True),
 }
 
 
 class Policy:
     """Leaves activations where they are; the others derive from it."""
+
+    spans_backward = False
+    """Whether backward belongs inside `around`, too."""
 
     def around(self, *held: Tensor) -> AbstractContextManager[object]:
         """The context of one forward. `held` are tensors that the caller keeps alive anyway."""
@@ -254,8 +258,9 @@ class Auto(Policy):
 class Hooks(Policy):
     """Somebody else's hooks, made once and entered every step; every tensor that they pack is counted."""
 
-    def __init__(self, hooks: saved_tensors_hooks) -> None:
+    def __init__(self, hooks: saved_tensors_hooks, spans_backward: bool = False) -> None:
         self._hooks, self._packed = hooks, 0
+        self.spans_backward = spans_backward
         pack = hooks.pack_hook
 
         def counted(tensor: Tensor) -> Any:
@@ -293,12 +298,12 @@ def build_policy(
         case "save-on-cpu":
             return Hooks(save_on_cpu(pin_memory=True))
         case _:
-            return Hooks(_theirs(name, module))
+            return _theirs(name, module)
 
 
-def _theirs(name: str, module: nn.Module) -> saved_tensors_hooks:
-    """The hooks of torchtune or TRL, made for the model as their trainers do."""
-    place, options = THEIRS[name]
+def _theirs(name: str, module: nn.Module) -> Hooks:
+    """The hooks of torchtune or TRL, made for the model and entered as their trainers do."""
+    place, options, spans_backward = THEIRS[name]
     needed = name
     try:
         make = importlib.import_module(place).get_act_offloading_ctx_manager
@@ -310,5 +315,4 @@ def _theirs(name: str, module: nn.Module) -> saved_tensors_hooks:
                 f"policy '{name}' needs {needed}", f"{sys.executable} -m pip install {needed}"
             ) from e
         raise Unavailable(f"policy '{name}' cannot be had here: {e}", f"another version of {needed}") from e
-    hooks: saved_tensors_hooks = make(module, **options)
-    return hooks
+    return Hooks(make(module, **options), spans_backward)
