@@ -121,6 +121,15 @@ def test_without_ceilings_everything_measured_stays_and_every_share_is_unknown()
     assert figures.roofline(bare) == []
 
 
+def test_without_flops_it_is_not_the_ceilings_that_are_missing() -> None:
+    """An operator of one's own counts bytes alone; the page used to deny ceilings that it stated."""
+    moved = Work(bytes=1e9)
+    kernel = view(record(phases=["step"], work={"step": moved}, ceilings={"copy_bytes_per_s": 2e12}))
+    said = facts.roof_words(facts.roof_points(kernel))
+    assert "ceilings measured on this machine" in said
+    assert said.endswith("No roofline is drawn: no FLOPs are counted.")
+
+
 def test_one_missing_ceiling_leaves_no_floor_to_a_phase_that_needs_it() -> None:
     only_memory = {"copy_bytes_per_s": 2e12}
     assert place("forward", ceilings=only_memory).floor_ns is None

@@ -167,7 +167,10 @@ def roof_words(points: Sequence[Point]) -> str:
     if rates:
         said.append(f"{', '.join(rates)}: ceilings measured on this machine, which give the floor.")
     if not any(p.matrix_rate and p.memory_rate for p in points):
-        said.append("No roofline is drawn: the ceilings were not measured; 'assay doctor' measures them.")
+        why = "the ceilings were not measured; 'assay doctor' measures them"
+        if memory and not any(p.work.flops for p in points):
+            why = "no FLOPs are counted"
+        said.append(f"No roofline is drawn: {why}.")
     return " ".join(said)
 
 
