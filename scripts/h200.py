@@ -38,6 +38,10 @@ AUTO = "'activations[policy=auto,target_share={},base=hf-liger]'"
 VRAM = "vram --device cuda --base hf-liger --launches 2"
 VRAM_SHORT = f"{VRAM} --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 --time-budget 4"
 VRAM_LONG = f"{VRAM} --shape llama-8b:6 --batch-sizes 1 --sequence-lengths 65536"
+VRAM_AUTO = (
+    f"compare {CHECKPOINT} {AUTO} --device cuda --workload train --shape llama-1b --batch-size 4 "
+    "--seq-length 2048 --dtype bf16 --warmup-steps 3 --time-budget 10"
+)
 VRAM_OOM = (
     "vram --device cuda --mode oom --base liger --sequence-lengths 2048 --policy off,offload --time-budget 2"
 )
@@ -112,6 +116,8 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "vram-long": (f"{VRAM_LONG} --policy off,offload,save-on-cpu,checkpoint", 0),
+    "vram-auto-30": (VRAM_AUTO.format(0.3), 0),
+    "vram-auto-15": (VRAM_AUTO.format(0.15), 0),
     "vram-short-trl": (f"{VRAM_SHORT} --policy off,offload,trl", 0),
     "vram-long-trl": (f"{VRAM_LONG} --policy off,offload,trl", 0),
     "vram-long-auto": (f"{VRAM_LONG} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),

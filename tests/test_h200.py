@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import os
+import signal
+import subprocess
 import tarfile
 import time
 from pathlib import Path
@@ -130,3 +134,32 @@ def test_no_run_begins_when_the_time_is_over(h200: ModuleType, tmp_path: Path) -
     within(h200, 0)
     assert h200.run("a", tmp_path) is True
     assert not (tmp_path / "a.jsonl").exists()
+
+
+# what `scripts/gpu` calls: a machine with CUDA, tests that pass, a programme slow to put things away
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  -) cat >/dev/null ;;
+  *xdist*) exit 1 ;;
+  *h200.py*) trap 'sleep 1; touch "$OUT/kept"; exit 143' TERM; touch "$OUT/begun"; sleep 60 & wait ;;
+esac
+"""
+
+
+def test_the_call_is_over_only_once_its_programme_has_put_things_away(tmp_path: Path) -> None:
+    """`timeout` ends the whole group; who called then takes what is there."""
+    python = tmp_path / "python3"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    given = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    call = subprocess.Popen([ROOT / "scripts" / "gpu"], env=given, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "out" / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(call.pid, signal.SIGTERM)
+        assert call.wait(timeout=30) == 143
+        assert (tmp_path / "out" / "kept").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(call.pid, signal.SIGKILL)
