@@ -9,7 +9,10 @@ from types import ModuleType
 
 import pytest
 
+from assay.report.figures import Figure
+
 ROOT = Path(__file__).parents[1]
+AGAIN = "run python scripts/results.py"
 
 
 @pytest.fixture
@@ -22,14 +25,20 @@ def results() -> ModuleType:
 
 
 def test_the_page_is_what_the_records_give(results: ModuleType) -> None:
-    assert results.page() == (ROOT / "docs" / "results.md").read_text(), "run python scripts/results.py"
+    drawn: dict[str, Figure] = {}
+    assert results.page(drawn) == (ROOT / "docs" / "results.md").read_text(), AGAIN
+    for name, figure in drawn.items():
+        assert results.picture(figure) == (results.IMAGES / name).read_bytes(), AGAIN
+    assert set(drawn) == {path.name for path in results.IMAGES.glob("*.svg")}, (
+        "one that no run draws any more"
+    )
 
 
 def test_no_figure_without_records(
     results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "RECORDS", tmp_path)
-    assert results.page().strip() == results.HEAD.strip()
+    assert results.page({}).strip() == results.HEAD.strip()
 
 
 def test_verdicts_are_counted_by_series(

@@ -320,6 +320,8 @@ def test_timeline_is_drawn_a_line_a_policy_and_where_forward_ends() -> None:
     assert "offload" in svg
     assert svg.count("<path") > 3
     assert "NaN" not in svg
+    gpu = [{"a": "off", "x": x / 10, "mib": 2500.0 * x} for x in range(5)]
+    assert ">10,000<" in charts.render("timeline", gpu, "t", "svg").decode(), "not 1e+4"
 
 
 # What is refused

@@ -185,7 +185,7 @@ def memory() -> Drawing:
         chart()
         .mark_bar(height=alt.RelativeBandSize(band=0.9), cornerRadiusEnd=2)
         .encode(
-            x=alt.X("mib:Q", axis=alt.Axis(title="peak MiB", tickCount=4, format=",")),
+            x=alt.X("mib:Q", axis=alt.Axis(title="peak MiB", tickCount=4, format=",f")),
             y=alt.Y("phase:N", sort=None, axis=alt.Axis(title=None)),
             yOffset=alt.YOffset("a:N", sort=None),
             color=colour,
@@ -209,7 +209,7 @@ def timeline() -> Drawing:
         .mark_line(interpolate="step-after", strokeWidth=1.5)
         .encode(
             x=alt.X("x:Q", axis=alt.Axis(title="time", labelExpr=TIME_AXIS, tickCount=6)),
-            y=alt.Y("mib:Q", axis=alt.Axis(title="MiB", tickCount=5, format=",")),
+            y=alt.Y("mib:Q", axis=alt.Axis(title="MiB", tickCount=5, format=",f")),
             color=colour,
             opacity=shown,
             order="x:Q",
