@@ -1,13 +1,17 @@
 """The pool's size classes, budget and counts."""
 
 import itertools
+import random
+import weakref
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from assay.errors import Unavailable
 from assay.systems.offload.pool import HostPool, size_class
 
 
@@ -66,27 +70,122 @@ class _Pages:
         return _Pages(part.stop - part.start)
 
 
+class _Torch:
+    """Pinned memory as PyTorch gives it: powers of two, which it keeps until its cache is emptied."""
+
+    def __init__(self, most: int = 2**62) -> None:
+        self.most = most
+        self.asked: list[int] = []
+        self.held = 0
+        self._cached: list[int] = []
+
+    def allocate(self, nbytes: int) -> Any:
+        rounded = 1 << (nbytes - 1).bit_length()
+        self.asked.append(rounded)
+        if rounded in self._cached:
+            self._cached.remove(rounded)
+        elif self.held + rounded > self.most:
+            raise Unavailable(f"no {rounded} bytes more", "lower budget_bytes")
+        else:
+            self.held += rounded
+        pages = _Pages(nbytes)
+        weakref.finalize(pages, self._cached.append, rounded)
+        return pages
+
+    def empty_cache(self) -> None:
+        self.held -= sum(self._cached)
+        self._cached.clear()
+
+    def pool(self, budget_bytes: int) -> HostPool:
+        return HostPool(budget_bytes, self.allocate, slabs=True, given_back=self.empty_cache)
+
+
 def _slabs(budget_bytes: int) -> tuple[HostPool, list[int]]:
     """A pool of slabs, and the sizes that it asked for."""
-    asked: list[int] = []
+    host = _Torch()
+    return host.pool(budget_bytes), host.asked
 
-    def allocate(nbytes: int) -> Any:
-        asked.append(nbytes)
-        return _Pages(nbytes)
 
-    return HostPool(budget_bytes, allocate, slabs=True), asked
+def _step(pool: HostPool, sizes: list[int]) -> int:
+    """Takes all, gives all back; how many were refused."""
+    taken = [pool.take(nbytes) for nbytes in sizes]
+    for block in taken:
+        if block is not None:
+            pool.give(block)
+    return taken.count(None)
+
+
+LAYER = [8, 8, 8, 2, 2, 8, 8, 32, 32, 32, 8]  # MiB that a block of Llama-1B saves of 2048 tokens
+
+
+def _llama(batch: int) -> list[int]:
+    return [mib * batch * 2**20 for mib in LAYER * 16]
 
 
 def test_slabs_are_powers_of_two_and_waste_less_than_rounding_every_block() -> None:
     pool, asked = _slabs(2**40)
-    # MiB that a block of Llama-1B saves of 9 sequences
-    layer = [72, 72, 72, 18, 18, 72, 72, 288, 288, 288, 72]
-    content = [mib * 2**20 for mib in layer * 16]
-    for nbytes in content:
-        assert pool.take(nbytes) is not None
-    assert all(nbytes & (nbytes - 1) == 0 for nbytes in asked)
+    content = _llama(9)
+    assert _step(pool, content) == 0
     assert pool.nbytes == sum(asked) < 1.1 * sum(content)
     assert sum(1 << (nbytes - 1).bit_length() for nbytes in content) > 1.7 * sum(content)
+
+
+def test_steps_of_other_sizes_use_the_same_memory() -> None:
+    """Blocks of other sizes used to be dropped for new ones, and PyTorch kept what was dropped."""
+    budget, host = 16 * 2**30, _Torch()
+    pool, draw = host.pool(budget), random.Random(0)
+    for batch in [6, *(draw.randint(3, 6) for _ in range(40))]:
+        assert _step(pool, _llama(batch)) == 0
+        assert host.held == pool.nbytes <= budget
+    asked = len(host.asked)
+    assert _step(pool, _llama(4)) == _step(pool, _llama(6)) == 0
+    assert len(host.asked) == asked
+    pool.trim()
+    assert host.held == pool.nbytes == 0
+
+
+def test_what_a_slab_held_before_is_waited_for() -> None:
+    """A copy back may still read what is cut anew."""
+    pool, _ = _slabs(2**28)
+    before = [pool.take(2**27), pool.take(2**26)]
+    for number, block in enumerate(before):
+        assert block is not None
+        block.busy = [number]
+        pool.give(block)
+    after = pool.take(2**28)
+    assert after is not None
+    assert after.busy == [0, 1]
+
+
+def test_what_can_never_fit_costs_nothing() -> None:
+    pool, asked = _slabs(1000 * 2**20)
+    sizes = [mib * 2**20 for mib in (520, 100, 100, 100)]
+    assert _step(pool, sizes) == 1
+    cut, slabs = pool.allocations, list(asked)
+    for _ in range(3):
+        assert _step(pool, sizes) == 1
+    assert (pool.allocations, asked) == (cut, slabs)
+
+
+def test_a_host_that_has_less_gives_smaller_slabs() -> None:
+    host = _Torch(most=2**27)
+    pool = host.pool(2**40)
+    assert pool.take(2**20) is not None
+    assert (pool.nbytes, host.held) == (2**27, 2**27)
+    with pytest.raises(Unavailable, match="lower budget_bytes"):
+        pool.take(2**27)
+
+
+def test_a_block_that_is_never_given_back_shows_as_a_new_one_in_every_step() -> None:
+    """As the proof of reuse counts: slabs alone would hide most of it."""
+    pool, _ = _slabs(2**40)
+    new = []
+    for _ in range(5):
+        before = pool.allocations
+        _step(pool, _llama(1))
+        assert pool.take(2**23) is not None
+        new.append(pool.allocations - before)
+    assert all(new)
 
 
 @given(st.lists(st.integers(1, 2**24), max_size=40), st.integers(2**20, 2**30))

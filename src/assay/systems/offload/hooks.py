@@ -106,8 +106,12 @@ class Offloader:
         list(held_tensors(held))  # refuse now what cannot be held
         self._open = open_device
         pin = self.options.pin and self._where.type == "cuda"
-        budget = host_budget(self.options.budget_bytes)
-        self._pool = HostPool(budget, functools.partial(host_bytes, pin=pin), slabs=pin)
+        self._pool = HostPool(
+            host_budget(self.options.budget_bytes),
+            functools.partial(host_bytes, pin=pin),
+            slabs=pin,
+            given_back=torch._C._host_emptyCache if pin else lambda: None,
+        )
         self._lock = threading.RLock()
         target = self.options.target_mib
         self._chooser = (

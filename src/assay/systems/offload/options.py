@@ -129,11 +129,11 @@ def find_device(name: str | None) -> torch.device:
 
 
 def host_budget(asked: int | None) -> int:
-    """The pool's limit in bytes. Raises Unavailable where the host has less memory than was asked for."""
+    """The pool's limit in bytes. Raises Unavailable where this process may not have what was asked for."""
     host = host_memory()
     if asked is not None and asked > host:
         raise Unavailable(
-            f"the pool may take {asked / MIB:.0f} MiB of host memory and the host has {host / MIB:.0f} MiB",
+            f"the pool may take {asked / MIB:.0f} MiB of host memory, and this process {host / MIB:.0f} MiB",
             "lower budget_bytes",
         )
     return host // 2 if asked is None else asked

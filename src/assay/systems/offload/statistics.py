@@ -40,7 +40,8 @@ class Statistics:
     pool_peak_bytes: int = 0
     """The most of it in use at once."""
     pinned_allocations: int = 0
-    """Host blocks that had to be allocated, pinned or (on the CPU, or with pin=False) not: 0 once warm."""
+    """Host blocks that were new, allocated or cut from what the pool has, pinned or (on the CPU, or with
+    pin=False) not: 0 once warm."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
     """Reason -> what was left: parameter, held, small, policy, target, last, budget, backward, capture,
     device, layout, subclass."""
