@@ -141,13 +141,17 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
   -) cat >/dev/null ;;
   *xdist*) exit 1 ;;
-  *h200.py*) trap 'sleep 1; touch "$OUT/kept"; exit 143' TERM; touch "$OUT/begun"; sleep 60 & wait ;;
+  *h200.py*) trap 'sleep 1; touch "$OUT/kept"; exit 1' TERM INT; touch "$OUT/begun"; sleep 60 & wait ;;
 esac
 """
 
 
-def test_the_call_is_over_only_once_its_programme_has_put_things_away(tmp_path: Path) -> None:
-    """`timeout` ends the whole group; who called then takes what is there."""
+@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_call_is_over_only_once_its_programme_has_put_things_away(
+    group: bool, sent: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    """`timeout` and a terminal signal the whole group, others the call alone; then what is there is taken."""
     python = tmp_path / "python3"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -157,8 +161,8 @@ def test_the_call_is_over_only_once_its_programme_has_put_things_away(tmp_path: 
         deadline = time.monotonic() + 30
         while not (tmp_path / "out" / "begun").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.killpg(call.pid, signal.SIGTERM)
-        assert call.wait(timeout=30) == 143
+        (os.killpg if group else os.kill)(call.pid, sent)
+        assert call.wait(timeout=30) == code
         assert (tmp_path / "out" / "kept").exists()
     finally:
         with contextlib.suppress(ProcessLookupError):
