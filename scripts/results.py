@@ -7,6 +7,7 @@ python scripts/results.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import runpy
@@ -14,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -32,6 +33,9 @@ from assay.show import judged
 from assay.suites._vram_cases import asked
 from assay.suites._vram_files import sections
 from assay.suites.vram import SUITE
+
+if TYPE_CHECKING:
+    from benchmarks.false_alarms import Judged
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "results" / "h200", ROOT / "docs" / "results.md"
@@ -141,8 +145,7 @@ def alarms_section() -> str:
     lines = [
         "## false-alarms",
         "",
-        f"    python benchmarks/false_alarms.py --device cuda --shape seed --same {len(same)} "
-        f"--slower {len(slower)}",
+        *(f"    {command}" for command in alarm_commands(verdicts)),
         "",
         *([machine(verdicts[0].environment), ""] if verdicts[0].environment else []),
         *([f"A build against itself: {false_alarms.of_same(same)[0]}."] if same else []),
@@ -156,6 +159,16 @@ def alarms_section() -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def alarm_commands(verdicts: Sequence[Judged]) -> Iterator[str]:
+    """What makes these verdicts again: a command for each series, shape and run of numbers."""
+    keys = sorted((v.series, str(v.comparison.case.params["shape"]), v.number) for v in verdicts)
+    for (name, shape, _), run in itertools.groupby(enumerate(keys), lambda k: (*k[1][:2], k[1][2] - k[0])):
+        numbers = [number for _, (_, _, number) in run]
+        counts = {"same": 0, "slower": 0, name: len(numbers)}
+        asked_ = " ".join(f"--{series} {count}" for series, count in counts.items())
+        yield f"python benchmarks/false_alarms.py --device cuda --shape {shape} {asked_} --first {numbers[0]}"
 
 
 def read_trials(path: Path) -> list[Attempted]:

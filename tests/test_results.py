@@ -54,5 +54,10 @@ def test_verdicts_are_counted_by_series(
     text = results.alarms_section()
     assert "false alarms: 1 of 2, " in text
     assert "called slower: 2 of 2" in text
-    assert "--same 2 --slower 2" in text
+    commands = [line.split("cuda ")[1] for line in text.splitlines() if line.startswith("    python")]
+    assert commands == [
+        "--shape seed --same 1 --slower 0 --first 0",
+        "--shape seed --same 1 --slower 0 --first 8",
+        "--shape tiny --same 0 --slower 2 --first 0",
+    ]
     assert len(re.findall(r"^\| (?:same|slower)\b", text, re.MULTILINE)) == 4

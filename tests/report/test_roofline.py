@@ -128,6 +128,8 @@ def test_without_flops_it_is_not_the_ceilings_that_are_missing() -> None:
     said = facts.roof_words(facts.roof_points(kernel))
     assert "ceilings measured on this machine" in said
     assert said.endswith("No roofline is drawn: no FLOPs are counted.")
+    neither = view(record(phases=["step"], work={"step": moved}, ceilings={}))
+    assert "the ceilings were not measured" in facts.roof_words(facts.roof_points(neither))
 
 
 def test_one_missing_ceiling_leaves_no_floor_to_a_phase_that_needs_it() -> None:

@@ -232,6 +232,16 @@ def test_policy_that_spans_backward_is_left_where_forward_fails() -> None:
     assert not _packs(policy)
 
 
+def test_policy_that_spans_backward_is_left_where_backward_fails() -> None:
+    policy = _Spanning()
+    language = _language(policy)
+    with pytest.raises(KeyError), language:
+        loss = language.loss(torch.arange(32).reshape(2, 16))
+        policy.kept.clear()
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert not _packs(policy)
+
+
 def test_policy_that_spans_backward_is_proved_with_backward_inside() -> None:
     found = _language(_Spanning()).differing(2, 16)
     assert (found["different_tensors"], found["reproduced_tensors"]) == (0, found["compared_tensors"])

@@ -23,7 +23,7 @@ from assay.measure.saved import Ledger, saved_tensors
 from assay.systems.activations.policies import Offload, Policy
 from assay.systems.decoder.adapter import ModuleLM
 
-__all__ = ["PolicyLM", "blocks_of"]
+__all__ = ["PolicyLM", "blocks_of", "deterministic"]
 
 SCATTER = 3.0  # a tensor may depart from the baseline's this many times as far as the baseline's own repeats
 REPEATS = 2
@@ -42,6 +42,7 @@ class PolicyLM:
         self._size = (batch, length)
         self._found: dict[str, Scalar] = {}
         self._under = contextlib.ExitStack()  # of a step whose backward belongs inside
+        self._graphs = self._compiled_graphs()
 
     def __enter__(self) -> Self:
         self._inner.__enter__()
@@ -134,7 +135,7 @@ class PolicyLM:
         generator = torch.Generator().manual_seed(batch * length)
         both = torch.randint(self.vocab_size, (2, batch, length), generator=generator)
         ids_BT, others_BT = both.to(next(iter(self.state().values())).device)
-        with _deterministic(compiled=bool(self._inner.proof().get("compiled_graphs"))):
+        with deterministic(compiled=self._compiled_graphs() > self._graphs):
             with saved_tensors() as ledger:
                 first = {name: t.clone() for name, t in self._answers(ids_BT, Policy()).items()}
             own = [self._departures(first, ids_BT, Policy()) for _ in range(REPEATS)]
@@ -162,6 +163,10 @@ class PolicyLM:
             **self._share_out(ledger, self._bytes_out() - before),
             **_farthest(different),
         }
+
+    def _compiled_graphs(self) -> int:
+        """Of the process: what others compiled in it before says nothing of this model."""
+        return int(self._inner.proof().get("compiled_graphs", 0))
 
     def _bytes_out(self) -> int:
         """By their size on the device."""
@@ -214,7 +219,11 @@ def _farthest(different: Mapping[str, float]) -> dict[str, Scalar]:
     if not different:
         return {}
     name = max(different, key=lambda name: _nan_first(different[name]))
-    return {"farthest_different": name, "farthest_departure": float(f"{different[name]:.3g}")}
+    off = different[name]  # as text where it is no number: a record has none
+    return {
+        "farthest_different": name,
+        "farthest_departure": float(f"{off:.3g}") if math.isfinite(off) else str(off),
+    }
 
 
 def _rounding(t: Tensor) -> float:
@@ -223,7 +232,7 @@ def _rounding(t: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _deterministic(*, compiled: bool) -> Iterator[None]:
+def deterministic(*, compiled: bool) -> Iterator[None]:
     """Deterministic algorithms where an operator has one; restored afterwards.
 
     Attention is that of another kernel than cuDNN's, which has none; compiled code has chosen its own.
