@@ -89,6 +89,39 @@ def test_warnings_are_gathered_over_arms() -> None:
     assert (found.arms, found.records) == ((BASELINE, OTHER), 2)
 
 
+def test_warnings_that_differ_in_numbers_alone_are_one_with_their_ranges() -> None:
+    """A launch each used to fill a page: eleven lines of page faults and outliers."""
+
+    def warned(arm: str, *texts: str) -> Record:
+        record = next(r for r in VIEWS[0].records if r.arm.name == arm)
+        return msgspec.structs.replace(record, warnings=list(texts))
+
+    found = warnings_of(
+        [
+            warned(
+                BASELINE,
+                "outliers: 2 of 12 samples; the slowest is 1.47 x median",
+                "drift: sm_90 is 7.1% slower",
+            ),
+            warned(
+                BASELINE,
+                "outliers: 3 of 12 samples; the slowest is 1.16 x median",
+                "drift: sm_80 is 7.1% slower",
+            ),
+            warned(
+                OTHER,
+                "outliers: 10 of 12 samples; the slowest is 12,000.5 x median",
+                "drift: sm_80 is 11% slower",
+            ),
+        ]
+    )
+    assert [(w.text, w.arms, w.records) for w in found] == [
+        ("outliers: 2 to 10 of 12 samples; the slowest is 1.16 to 12,000.5 x median", (BASELINE, OTHER), 3),
+        ("drift: sm_80 is 7.1% to 11% slower", (BASELINE, OTHER), 2),
+        ("drift: sm_90 is 7.1% slower", (BASELINE,), 1),
+    ]
+
+
 def test_another_interpreter_makes_another_environment() -> None:
     def under(record: Record) -> Record:
         changed = msgspec.structs.replace(ENVIRONMENT, python="3.12.1")

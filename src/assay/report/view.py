@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -253,13 +254,41 @@ def failures_of(view: CaseView) -> list[tuple[str, Outcome]]:
 
 
 def warnings_of(records: Iterable[Record]) -> list[Warned]:
-    """Every distinct warning with the arms it concerns, most frequent first."""
-    seen: dict[str, list[str]] = {}
+    """Every distinct warning with the arms it concerns, most frequent first.
+
+    Those that differ in numbers alone are one, with the range of each number.
+    """
+    seen: dict[str, list[tuple[str, str]]] = {}
     for record in records:
         for text in record.warnings:
-            seen.setdefault(text, []).append(record.arm.name)
-    found = [Warned(text=t, arms=tuple(dict.fromkeys(arms)), records=len(arms)) for t, arms in seen.items()]
+            seen.setdefault(_NUMBER.sub("", text), []).append((text, record.arm.name))
+    found = [
+        Warned(
+            text=_ranged([text for text, _ in given]),
+            arms=tuple(dict.fromkeys(arm for _, arm in given)),
+            records=len(given),
+        )
+        for given in seen.values()
+    ]
     return sorted(found, key=lambda w: -w.records)
+
+
+# a number on its own, not one of a name
+_NUMBER = re.compile(r"(?<![\w.-])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?![A-Za-z\d])%?")
+
+
+def _ranged(texts: Sequence[str]) -> str:
+    """One text for some that differ in numbers alone: `2 to 3 of 12 samples`."""
+    ranges = []
+    for numbers in zip(*map(_NUMBER.findall, texts), strict=True):
+        low, high = min(numbers, key=_value), max(numbers, key=_value)
+        ranges.append(low if _value(low) == _value(high) else f"{low} to {high}")
+    place = iter(ranges)
+    return _NUMBER.sub(lambda _: next(place), texts[0])
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").rstrip("%"))
 
 
 def environments(records: Iterable[Record]) -> list[tuple[Environment, tuple[str, ...]]]:
