@@ -148,11 +148,10 @@ class PolicyLM:
                 self._answers(others_BT, self._policy)  # what it keeps of one step must not come in the next
                 before = self._bytes_out()
                 found = self._departures(first, ids_BT, self._policy)
-                for name in (
-                    name for name, d in found.items() if not d <= limit[name]
-                ):  # nor is NaN agreement
-                    off = found[name] / float(first[name].norm(dtype=torch.float32).clamp_min(TINY))
-                    different[name] = max(off, different.get(name, 0.0), key=_nan_first)
+                for name, departure in found.items():
+                    if not departure <= limit[name]:  # not `>`: a NaN is no agreement
+                        off = departure / float(first[name].norm(dtype=torch.float32).clamp_min(TINY))
+                        different[name] = max(off, different.get(name, 0.0), key=_nan_first)
         self.zero_grad()
         return {
             "compared_tensors": len(first),
