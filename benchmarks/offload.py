@@ -127,7 +127,7 @@ class Bench:
                 self.module, max_inflight_bytes=inflight, skip_last=self.given.skip_last, **self.options
             )
             return Arm(policy, _holding(offload, offload), lambda: _seen(offload), offload.release)
-        made = build_policy(name, self.module, self.blocks, DEVICE, {})
+        made = build_policy(name, self.module, self.blocks, self.system.loss, DEVICE, {})
         return Arm(policy, made.around)
 
     def _planned(self, policy: str, share: float) -> Arm:
@@ -244,28 +244,20 @@ def predict(given: argparse.Namespace) -> None:
 
 
 def describe(profile: Profile, options: Options) -> None:
-    """What the profile says, and what it predicts of the pure policies.
-
-    What is saved outside blocks leaves too, and being saved last is within what is in flight: its share of
-    that is between none and all.
-    """
-    largest = max(piece.movable_bytes for piece in profile.pieces)
-    inflight, ahead = options.inflight_bytes(largest, profile.saved_bytes), options.ahead_bytes(largest)
+    """What the profile says, and what it predicts of the pure policies."""
+    sizes = [piece.movable_bytes for piece in profile.pieces]
+    inflight, ahead = options.inflight_bytes(max(sizes), sum(sizes)), options.ahead_bytes(max(sizes))
     print(
         f"forward {sum(piece.before_ms for piece in profile.pieces):.1f} ms, step {profile.step_ms:.1f} ms; "
         f"saved {profile.saved_bytes / GIB:.2f} GiB, {profile.outside_bytes / GIB:.2f} of it outside blocks; "
         f"link {profile.link.out_bytes_per_s / 1e9:.1f} GB/s out, "
         f"{profile.link.back_bytes_per_s / 1e9:.1f} back"
     )
-    for choice, within in (
-        (Choice.KEEP, inflight),
-        (Choice.OFFLOAD, inflight),
-        (Choice.OFFLOAD, max(0, inflight - profile.outside_bytes)),
-        (Choice.RECOMPUTE, inflight),
-    ):
-        found = simulate(profile, [choice] * len(profile.blocks), within, ahead)
+    for choice in (Choice.KEEP, Choice.OFFLOAD, Choice.RECOMPUTE):
+        outside = Choice.OFFLOAD if choice is Choice.OFFLOAD else Choice.KEEP
+        found = simulate(profile, [choice] * len(profile.blocks), inflight, ahead, outside)
         print(
-            f"  predicted, all blocks {choice}, {within / GIB:.2f} GiB in flight: "
+            f"  predicted, all blocks {choice}, {inflight / GIB:.2f} GiB in flight: "
             f"step {found.step_ms:.1f} ms, {found.exposed_ms:.1f} of it exposed, "
             f"peak {found.peak_bytes / GIB:.2f} GiB, {found.bytes_out / GIB:.2f} GiB out",
             flush=True,

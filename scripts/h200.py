@@ -34,6 +34,8 @@ from assay.measure import device
 MUTANT = "tests/mutants/decoder.py:{}"
 GRAPHED = "'sdpa[cache=static,cuda_graph=true]'"  # torch's own kernels, no launches: what fusion adds to
 CHECKPOINT = "'activations[policy=checkpoint,base=hf-liger]'"
+TRL = "'activations[policy=trl,base=hf-liger]'"
+LEAN = "'activations[policy=offload,max_inflight_mib={},base=hf-liger]'"
 AUTO = "'activations[policy=auto,target_share={},base=hf-liger]'"
 VRAM = "vram --device cuda --base hf-liger --launches 2"
 VRAM_SHORT = f"{VRAM} --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 --time-budget 4"
@@ -105,7 +107,7 @@ RUNS: dict[str, tuple[str, int]] = {
         "--case bk-core-small,bk-core-medium,bk-core-scaling",
         0,
     ),
-    "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,checkpoint", 0),
+    "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,trl,checkpoint", 0),
     "vram-short-auto": (
         f"{VRAM_SHORT} --policy off,offload,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15",
         0,
@@ -115,11 +117,14 @@ RUNS: dict[str, tuple[str, int]] = {
         "--shape llama-1b --batch-size 4 --seq-length 2048 --dtype bf16 --warmup-steps 3 --time-budget 20",
         0,
     ),
-    "vram-long": (f"{VRAM_LONG} --policy off,offload,save-on-cpu,checkpoint", 0),
+    "vram-long": (f"{VRAM_LONG} --policy off,offload,save-on-cpu,trl,checkpoint", 0),
     "vram-auto-30": (VRAM_AUTO.format(0.3), 0),
     "vram-auto-15": (VRAM_AUTO.format(0.15), 0),
-    "vram-short-trl": (f"{VRAM_SHORT} --policy off,offload,trl", 0),
-    "vram-long-trl": (f"{VRAM_LONG} --policy off,offload,trl", 0),
+    "vram-lean": (
+        f"compare {TRL} {LEAN.format(1024)} {LEAN.format(512)} --device cuda --workload train --shape llama-1b "
+        "--batch-size 4 --seq-length 2048 --dtype bf16 --warmup-steps 3 --launches 3 --time-budget 6",
+        0,
+    ),
     "vram-long-auto": (f"{VRAM_LONG} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
     "vram-compare": (
         "vram --device cuda --mode compare --base hf-liger --shape llama-1b --batch-sizes 4 "

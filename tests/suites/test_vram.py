@@ -187,6 +187,29 @@ def test_targets_are_judged_at_their_shape_on_their_device_only(machine: Machine
     assert machine.kpis(machine.run())["vram_offload_step_time"] == ("SKIPPED", None)
 
 
+@pytest.mark.parametrize(
+    ("stood_ms", "least_ms", "want"),
+    [
+        (0.25, 0.3, ("PASSED", 1.0)),  # 0.3 ms are added: more than what stood still
+        (0.4, 0.3, ("FAILED", 0.4 / 0.3)),
+        (0.25, 0.2, ("FAILED", 1.5)),
+        (0.25, 0.0, ("SKIPPED", None)),
+        (0.25, None, ("SKIPPED", None)),
+    ],
+)
+def test_what_is_exposed_is_held_against_the_predicted_minimum(
+    machine: Machine, stood_ms: float, least_ms: float | None, want: tuple[str, float | None]
+) -> None:
+    machine.proof["offload_exposed_ms"] = stood_ms
+    if least_ms is not None:
+        machine.proof["plan_exposed_ms"] = least_ms
+    short = {"shape": "llama-1b", "sequence_lengths": "2048"}
+    found = machine.kpis(machine.run(**short))["vram_offload_exposed"]
+    assert found == (want[0], want[1] and pytest.approx(want[1]))
+    for other in ({**short, "policy": "off,checkpoint"}, {**short, "shape": "qwen3-0.6b"}):
+        assert machine.kpis(machine.run(**other))["vram_offload_exposed"] == ("SKIPPED", None)
+
+
 def test_auto_is_held_against_the_quickest_pure_policy_that_is_as_lean(machine: Machine) -> None:
     machine.STEP_MS = {**machine.STEP_MS, "auto": 12.0}
     machine.HELD = {**machine.HELD, "auto": 0.5}

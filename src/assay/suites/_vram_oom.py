@@ -1,8 +1,8 @@
 """Mode `oom` of the suite `vram`: the largest batch and the longest sequence that fit, predicted, then tried.
 
-Along an axis and for a policy: probes of doubling size up to a fraction of the limit, a prediction from them
-alone, and a search that starts at the prediction and ends where one size fits and the next does not. Every
-trial is an Attempt. Nothing is kept between trials but their answers, so `replay` makes the result of a run
+Along an axis and for a policy: probes of doubling size up to a fraction of the limit, one or two more where
+these leave open what fits, a prediction from them alone, and a search that starts at the prediction and ends
+where one size fits and the next does not. Every trial is an Attempt. Nothing is kept between trials but their answers, so `replay` makes the result of a run
 from what the run has, whole or interrupted.
 """
 
@@ -40,6 +40,8 @@ __all__ = [
 
 MIB = 2**20
 PROBED = 0.25  # of what the limit leaves beyond the first probe: where the probes end
+PROBED_MORE = 0.5  # where they end if those before leave more open than OPEN of the largest size
+OPEN = 0.03
 FITTED = 4  # probes smaller than the largest by more than this factor say little about larger sizes
 FARTHEST = 8  # times the largest probe: a search starts no further away, whatever is predicted
 RESOLUTION = 64  # of sizes beyond it, multiples of a step are tried: 1/64 to 1/128 of the prediction
@@ -118,6 +120,7 @@ def explore(axis: Axis, arm: Arm, limit_mib: int | None, case_of: Callable[[int,
         return Capacity(axis=axis, arm=arm, trials=1, reason=first.reason, unpredicted=first.reason)
     yield from _probe(tried)
     limit = max((a.limit_mib for a in tried.fitted.values() if a.limit_mib), default=limit_mib)
+    yield from _probe_more(tried, limit)
     model, predicted, unpredicted = _predict(axis, tried.fitted, limit)
     guess = (predicted.size if predicted else None) or tried.low or axis.unit
     yield from _search(tried, min(guess, FARTHEST * max(tried.low, axis.unit)))
@@ -214,6 +217,26 @@ def _probe(tried: _Tried) -> Generator[Attempt, Attempted, None]:
             yield from tried.trial(between)
 
 
+def _probe_more(tried: _Tried, limit_mib: float | None) -> Generator[Attempt, Attempted, None]:
+    """One and a half times the largest probe, then twice, while tensors alone leave the largest size open."""
+    axis, probed = tried.axis, tried.low // tried.axis.unit
+    for units in (probed * 3 // 2, probed * 2):
+        if _grown(tried) >= PROBED_MORE or units * axis.unit > axis.most or limit_mib is None:
+            return
+        model, _, _ = _predict(axis, tried.fitted, limit_mib)
+        if model is None or not _open(_fitting(model, axis, limit_mib), axis):
+            return
+        if not (yield from tried.answer(units * axis.unit)).fits:
+            return
+
+
+def _open(found: Bound, axis: Axis) -> bool:
+    """Whether an end of the interval is further off than a step or a small share of the size."""
+    if found.size is None or found.high is None:
+        return True
+    return max(found.high - found.size, found.size - found.low) > max(axis.unit, OPEN * found.size)
+
+
 def _grown(tried: _Tried) -> float:
     """By how much the peak has grown since the first size, of what the limit left there."""
     if not tried.fitted:
@@ -228,8 +251,9 @@ def _predict(
 ) -> tuple[PeakModel | None, Bound | None, str]:
     """Model and bound from the probes; or why there are none.
 
-    The bound is where tensors alone meet the limit, since an allocator in want gives back what it only holds;
-    its lower end counts all that it held.
+    An allocator in want gives back what it only holds, but for what lies between tensors. So the limit is met
+    somewhere between the size at which all that it held would meet it and that at which tensors alone do: the
+    bound is halfway, and its interval reaches from the lower end of the one to the upper end of the other.
     """
     used, held = [], []
     for size, tried in fitted.items():
@@ -239,17 +263,26 @@ def _predict(
             held.append(Probe(*axis.shape(size), tried.reserved_mib * MIB))
     if limit_mib is None or not used:
         return None, None, "nothing fits"
-
-    def bound(model: PeakModel) -> Bound:
-        along = model.largest_batch if axis.name == "batch_size" else model.largest_length
-        return along(limit_mib * MIB, axis.fixed).upto(axis.most)
-
     try:
         model = fit(used)
-        found, cautious = bound(model), bound(fit(held))
+        all_held, tensors = (_fitting(m, axis, limit_mib) for m in (fit(held), model))
     except UsageError as e:
         return None, None, str(e)
-    return model, replace(found, low=min(found.low, cautious.low)), ""
+    return model, _between(all_held, tensors, axis.unit), ""
+
+
+def _fitting(model: PeakModel, axis: Axis, limit_mib: float) -> Bound:
+    """The largest size that the model lets the limit hold."""
+    along = model.largest_batch if axis.name == "batch_size" else model.largest_length
+    return along(limit_mib * MIB, axis.fixed).upto(axis.most)
+
+
+def _between(least: Bound, most: Bound, unit: int) -> Bound:
+    """Halfway from one bound to another, in steps."""
+    low = min(least.low, most.low)
+    if least.size is None or most.size is None:
+        return replace(most, low=low)
+    return replace(most, size=(least.size + most.size) // (2 * unit) * unit, low=low)
 
 
 def _search(tried: _Tried, guess: int) -> Generator[Attempt, Attempted, None]:

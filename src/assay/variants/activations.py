@@ -98,7 +98,7 @@ def build(case: Case, options: Options) -> LanguageModel:
             pin=offloading["pin"],
         )
     else:
-        made = build_policy(policy, module, blocks, case.device, offloading)
+        made = build_policy(policy, module, blocks, inner.loss, case.device, offloading)
     return PolicyLM(inner, made, *size)
 
 

@@ -15,12 +15,24 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from assay.errors import Unavailable
 from assay.systems.activations import POLICIES
-from assay.systems.activations.language import PolicyLM
-from assay.systems.activations.policies import THEIRS, Checkpoint, Hooks, Offload, Policy, build_policy
+from assay.systems.activations.language import PolicyLM, blocks_of
+from assay.systems.activations.policies import (
+    THEIRS,
+    Checkpoint,
+    Hooks,
+    Offload,
+    Policy,
+    build_policy,
+    profile_of,
+)
 from assay.systems.decoder.build import build_decoder
 from assay.systems.decoder.parts import Parts
-from assay.systems.offload import offload_activations
+from assay.systems.offload import Profile, offload_activations
 from tests.systems.offload.helpers import gradients, mlp, same
+
+
+def no_loss(ids_BT: Tensor) -> Tensor:
+    raise AssertionError("asked for no step")
 
 
 def offloading(model: nn.Module, **more: Any) -> Offload:
@@ -94,7 +106,7 @@ def test_packed_tensors_of_other_hooks_are_counted() -> None:
 @pytest.mark.parametrize("name", ["save-on-cpu", "torchtune", "trl"])
 def test_what_moves_nothing_on_the_cpu_is_unavailable_there(name: str) -> None:
     with pytest.raises(Unavailable, match=f"'{name}' moves nothing on the CPU"):
-        build_policy(name, mlp(), [], "cpu", {})
+        build_policy(name, mlp(), [], no_loss, "cpu", {})
 
 
 PEER = """
@@ -137,7 +149,7 @@ def test_peers_are_made_as_their_trainers_make_them(
 ) -> None:
     peer(THEIRS[name][0], PEER)
     model = mlp()
-    policy = build_policy(name, model, [], "cuda", {})
+    policy = build_policy(name, model, [], no_loss, "cuda", {})
     assert policy.spans_backward == (name == "trl")
     assert policy.around().given == (model, options)  # type: ignore[attr-defined]  # the fake's
     assert same(steps(policy, model), steps(Policy(), model))
@@ -161,13 +173,14 @@ def test_library_that_is_missing_or_another_is_named(
     else:
         peer(THEIRS["trl"][0], text)
     with pytest.raises(Unavailable, match=said):
-        build_policy("trl", mlp(), [], "cuda", {})
+        build_policy("trl", mlp(), [], no_loss, "cuda", {})
 
 
 def test_every_policy_that_the_cpu_has_is_built() -> None:
     model = mlp()
     kinds = {
-        n: type(build_policy(n, model, list(model), "cpu", {})) for n in ("off", "offload", "checkpoint")
+        name: type(build_policy(name, model, list(model), no_loss, "cpu", {}))
+        for name in ("off", "offload", "checkpoint")
     }
     assert kinds == {"off": Policy, "offload": Offload, "checkpoint": Checkpoint}
     assert next(iter(POLICIES)) == "off"
@@ -197,6 +210,55 @@ class _Spanning(Hooks):
 def _language(policy: Policy) -> PolicyLM:
     inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
     return PolicyLM(inner, policy, 2, 16)
+
+
+def test_offloading_is_held_against_what_its_bytes_and_the_link_let_it_be() -> None:
+    """The prediction is of all that leaves, also outside blocks: its bytes are those of a step."""
+    inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
+    blocks, where = blocks_of(inner.module), {"device": "cpu", "min_bytes": 1024}
+    seen: list[Profile] = []
+
+    def profiled(ids_BT: Tensor) -> Profile:
+        seen.append(profile_of(inner.loss, ids_BT, blocks, inner.module, **where))
+        return seen[-1]
+
+    offloader = offload_activations(inner.module, max_inflight_bytes=2**16, **where)
+    language = PolicyLM(inner, Offload(offloader, profile=profiled), 2, 16)
+    found = language.proof()
+    assert (found["different_tensors"], len(seen)) == (0, 1)
+    assert found["plan_step_ms"] == pytest.approx(seen[0].step_ms + float(found["plan_exposed_ms"]))
+    assert language.proof()["plan_step_ms"] == found["plan_step_ms"]
+    assert len(seen) == 1, "measured once"
+    outside = sum(piece.movable_bytes for piece in seen[0].pieces if piece.block is None)
+    assert outside > 0
+    for _ in range(3):  # the last ones of a step like the one before stay
+        language.loss(torch.arange(32).reshape(2, 16)).backward()  # type: ignore[no-untyped-call]
+    policy = language._policy
+    assert isinstance(policy, Offload)
+    assert policy.predicted is not None
+    assert policy.offloader.statistics.bytes_out == policy.predicted.bytes_out
+
+
+def test_step_that_does_not_fit_is_profiled_at_half_the_batch() -> None:
+    inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
+    batches = list[int]()
+
+    def loss(ids_BT: Tensor) -> Tensor:
+        batches.append(len(ids_BT))
+        if len(ids_BT) > 2:
+            raise torch.OutOfMemoryError("for the test")
+        return inner.loss(ids_BT)
+
+    ids_BT = torch.arange(64).reshape(8, 8)
+    found = profile_of(loss, ids_BT, blocks_of(inner.module), inner.module, device="cpu", min_bytes=0)
+    small = profile_of(loss, ids_BT[:2], blocks_of(inner.module), inner.module, device="cpu", min_bytes=0)
+    assert batches[:3] == [8, 4, 2]
+    assert found.saved_bytes == 4 * small.saved_bytes
+    with pytest.raises(torch.OutOfMemoryError):
+        profile_of(
+            lambda ids_BT: loss(torch.cat([ids_BT] * 3)), ids_BT, [], inner.module, device="cpu", min_bytes=0
+        )
+    assert all(p.grad is None for p in inner.module.parameters())
 
 
 def _packs(policy: Hooks) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from assay.systems.offload import Choice, simulate
+from assay.systems.offload import Choice, Piece, simulate
 from tests.systems.offload.profiles import profile
 
 KEEP, AGAIN, LEAVE, LEAN = Choice.KEEP, Choice.RECOMPUTE, Choice.OFFLOAD, Choice.RECOMPUTE_OFFLOAD
@@ -44,6 +44,16 @@ def test_copies_queue_and_compute_waits() -> None:
     every = simulate(profile(), [LEAVE] * 3, 0)
     assert every.exposed_ms == pytest.approx(2 * 8.0 + 2 * 8.0)
     assert every.step_ms == pytest.approx(81.0 + every.exposed_ms)
+
+
+def test_what_is_saved_outside_blocks_may_leave_too() -> None:
+    """50 bytes made 4 ms after the last block: they take its place in flight, and 30 of its bytes more go."""
+    step = profile()
+    loss = Piece(block=None, nbytes=50, movable_bytes=50, before_ms=4.0, after_ms=2.0)
+    step = replace(step, pieces=(*step.pieces, loss))
+    stays, leaves = (simulate(step, [LEAVE] * 3, 100, outside=outside) for outside in (KEEP, LEAVE))
+    assert (stays.bytes_out, leaves.bytes_out) == (180, 270)
+    assert stays.exposed_ms < leaves.exposed_ms
 
 
 def test_first_copy_back_is_exposed_where_nothing_is_computed_before_its_use() -> None:

@@ -110,7 +110,21 @@ class PolicyLM:
         """Counters of the model and of the policy, and how many tensors differ from those without it."""
         if not self._found and type(self._policy) is not Policy:
             self._found = self.differing(*self._size)
+            self._predict()
         return {**self._inner.proof(), **self._policy.counters(), **self._found}
+
+    def _predict(self) -> None:
+        """Have an offloader say what it should cost; where a step without it fits."""
+        if isinstance(self._policy, Offload):
+            ids_BT = self._inputs(*self._size)[0]
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._policy.predict(ids_BT)
+
+    def _inputs(self, batch: int, length: int) -> Tensor:
+        """Two batches of token ids, (2, B, T), the same ones each time."""
+        generator = torch.Generator().manual_seed(batch * length)
+        both = torch.randint(self.vocab_size, (2, batch, length), generator=generator)
+        return both.to(next(iter(self.state().values())).device)
 
     def differing(self, batch: int, length: int) -> dict[str, Scalar]:
         """Steps on one input: without the policy, again without it, and with it, each after one on another.
@@ -132,9 +146,7 @@ class PolicyLM:
             torch.cuda.empty_cache()
 
     def _differing(self, batch: int, length: int) -> dict[str, Scalar]:
-        generator = torch.Generator().manual_seed(batch * length)
-        both = torch.randint(self.vocab_size, (2, batch, length), generator=generator)
-        ids_BT, others_BT = both.to(next(iter(self.state().values())).device)
+        ids_BT, others_BT = self._inputs(batch, length)
         with deterministic(compiled=self._compiled_graphs() > self._graphs):
             with saved_tensors() as ledger:
                 first = {name: t.clone() for name, t in self._answers(ids_BT, Policy()).items()}

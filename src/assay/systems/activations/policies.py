@@ -22,16 +22,19 @@ from assay.errors import Unavailable, UsageError
 from assay.measure.record import Scalar
 from assay.systems.activations import CUDA_ONLY
 from assay.systems.offload import (
+    Choice,
     Offloader,
     PlannedOffloader,
+    Prediction,
     Profile,
     Statistics,
     make_plan,
     offload_activations,
     profile_step,
+    simulate,
 )
 
-__all__ = ["Auto", "Checkpoint", "Hooks", "Offload", "Policy", "build_policy"]
+__all__ = ["Auto", "Checkpoint", "Hooks", "Offload", "Policy", "build_policy", "profile_of"]
 
 MIB = 2**20
 # where their trainers take the hooks from, what for beside the model, and whether backward is inside: TRL's
@@ -61,11 +64,19 @@ class Policy:
 class Offload(Policy):
     """Through an offloader that is entered anew every step. Sums over the steps, the rest of the last one.
 
-    `context` is entered in its place: a plan that decides when it is.
+    `context` is entered in its place: a plan that decides when it is. `profile` measures a step on (B, T)
+    token ids without it, for `predict`.
     """
 
-    def __init__(self, offloader: Offloader, context: AbstractContextManager[object] | None = None) -> None:
+    def __init__(
+        self,
+        offloader: Offloader,
+        context: AbstractContextManager[object] | None = None,
+        profile: Callable[[Tensor], Profile] | None = None,
+    ) -> None:
         self.offloader, self._context = offloader, offloader if context is None else context
+        self._profile = profile
+        self.predicted: Prediction | None = None
         self._added: Statistics | None = None
         self._steps = self._unbalanced = self._allocations = 0
         self._out = self._back = self._recalled = self._spared = 0
@@ -77,6 +88,16 @@ class Offload(Policy):
         with self._context:
             self.offloader.hold(*held)
             yield
+
+    def predict(self, ids_BT: Tensor) -> None:
+        """Measure a step that keeps everything, and say what the same costs where all of it leaves."""
+        if self._profile is None:
+            return
+        profile, options = self._profile(ids_BT), self.offloader.options
+        sizes = [piece.movable_bytes for piece in profile.pieces]
+        inflight, ahead = options.inflight_bytes(max(sizes), sum(sizes)), options.ahead_bytes(max(sizes))
+        choices = [Choice.OFFLOAD] * len(profile.blocks)
+        self.predicted = simulate(profile, choices, inflight, ahead, outside=Choice.OFFLOAD)
 
     def counters(self) -> dict[str, Scalar]:
         self._add()
@@ -94,6 +115,8 @@ class Offload(Policy):
         }
         if last.exposed_ms is not None:
             found["offload_exposed_ms"] = last.exposed_ms
+        if self.predicted is not None:
+            found |= _told(self.predicted)
         return found | {f"offload_left_mib.{why}": left.nbytes / MIB for why, left in last.skipped.items()}
 
     def _add(self) -> None:
@@ -195,7 +218,7 @@ class Auto(Policy):
             yield
 
     def _plan(self, ids_BT: Tensor) -> PlannedOffloader:
-        profile = self._profile(ids_BT)
+        profile = profile_of(self._loss, ids_BT, self._blocks, self._module, **self._where)
         target = self._targets[tuple(ids_BT.shape)] = self._target_bytes(profile)
         try:
             plan = make_plan(profile, target_bytes=target)
@@ -204,23 +227,6 @@ class Auto(Policy):
         return PlannedOffloader(
             plan, self._blocks, self._module, pin=self._pin, preserve_rng_state=False, **self._where
         )  # as checkpoint's: no block draws random numbers
-
-    def _profile(self, ids_BT: Tensor) -> Profile:
-        batch = ids_BT.shape[0]
-        while True:
-            try:
-                step = partial(self._step, ids_BT[:batch])
-                profile = profile_step(step, self._blocks, self._module, **self._where)
-                return profile.scaled(ids_BT.shape[0] / batch)
-            except torch.OutOfMemoryError:
-                if batch == 1:
-                    raise
-                batch //= 2
-            finally:
-                self._module.zero_grad(set_to_none=True)
-
-    def _step(self, ids_BT: Tensor) -> None:
-        self._loss(ids_BT).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     def _target_bytes(self, profile: Profile) -> int:
         if self._target_mib is not None:
@@ -245,14 +251,51 @@ class Auto(Policy):
             **moved,
             **{f"plan_blocks.{choice}": n for choice, n in did.items()},
             "plan_target_mib": self._targets[self._size] / MIB,
-            "plan_peak_mib": plan.predicted.peak_bytes / MIB,
             "plan_over_target": plan.predicted.peak_bytes / self._targets[self._size],
-            "plan_step_ms": plan.predicted.step_ms,
-            "plan_exposed_ms": plan.predicted.exposed_ms,
+            **_told(plan.predicted),
             "recomputed_blocks": recomputed,
             "plan_effects": bytes_out + recomputed,
             "plan_share": min((did / wanted for did, wanted in asked if wanted), default=1.0),
         }
+
+
+def profile_of(
+    loss: Callable[[Tensor], Tensor],
+    ids_BT: Tensor,
+    blocks: Sequence[nn.Module],
+    module: nn.Module,
+    *,
+    device: str,
+    min_bytes: int,
+) -> Profile:
+    """Of a step on these token ids that keeps everything; of half the batch, scaled, where that does not fit.
+
+    `loss` is the module's. Gradients are None afterwards. Raises torch.OutOfMemoryError where one sequence
+    does not fit.
+    """
+    batch = ids_BT.shape[0]
+
+    def step() -> None:
+        loss(ids_BT[:batch]).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+    while True:
+        try:
+            profile = profile_step(step, blocks, module, device=device, min_bytes=min_bytes)
+            return profile.scaled(ids_BT.shape[0] / batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+        finally:
+            module.zero_grad(set_to_none=True)
+
+
+def _told(predicted: Prediction) -> dict[str, Scalar]:
+    return {
+        "plan_peak_mib": predicted.peak_bytes / MIB,
+        "plan_step_ms": predicted.step_ms,
+        "plan_exposed_ms": predicted.exposed_ms,
+    }
 
 
 class Hooks(Policy):
@@ -278,9 +321,16 @@ class Hooks(Policy):
 
 
 def build_policy(
-    name: str, module: nn.Module, blocks: Sequence[nn.Module], device: str, options: Mapping[str, Any]
+    name: str,
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    loss: Callable[[Tensor], Tensor],
+    device: str,
+    options: Mapping[str, Any],
 ) -> Policy:
     """The policy of a name in POLICIES but `auto`, which needs more. `options`: of offload_activations.
+
+    `loss` is that of the module on (B, T) token ids.
 
     Raises Unavailable where its package is not installed, or where it would move nothing.
     """
@@ -292,13 +342,29 @@ def build_policy(
         case "off":
             return Policy()
         case "offload":
-            return Offload(offload_activations(module, device=device, **options))
+            offloader = offload_activations(module, device=device, **options)
+            return Offload(offloader, profile=_profiling(offloader, module, blocks, loss, device))
         case "checkpoint":
             return Checkpoint(blocks)
         case "save-on-cpu":
             return Hooks(save_on_cpu(pin_memory=True))
         case _:
             return _theirs(name, module)
+
+
+def _profiling(
+    offloader: Offloader,
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    loss: Callable[[Tensor], Tensor],
+    device: str,
+) -> Callable[[Tensor], Profile] | None:
+    """What `Offload.predict` asks; None where the prediction would not be of what the offloader does, and on
+    the CPU, where nothing overlaps."""
+    o = offloader.options
+    if not device.startswith("cuda") or o.lossy or o.skip_last or not (o.pin and o.prefetch):
+        return None
+    return lambda ids_BT: profile_of(loss, ids_BT, blocks, module, device=device, min_bytes=o.min_bytes)
 
 
 def _theirs(name: str, module: nn.Module) -> Hooks:

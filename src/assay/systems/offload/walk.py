@@ -22,14 +22,16 @@ def simulate(
     choices: Sequence[Choice],
     max_inflight_bytes: int,
     max_ahead_bytes: int | None = None,
+    outside: Choice = Choice.KEEP,
 ) -> Prediction:
-    """Walk through forward and backward with the offloader's queues. `choices` has one for each block.
+    """Walk through forward and backward with the offloader's queues. `choices` has one for each block, and
+    `outside`, keep or offload, is that of what is saved outside blocks: a plan keeps it.
 
     Sources leave in the order of bytes: the last `max_inflight_bytes` of them stay until backward uses
     them; compute waits where more are queued. As many bytes, with those that stayed, are back ahead of use,
     or `max_ahead_bytes` where that is less.
     """
-    return Step(profile).simulate(choices, max_inflight_bytes, max_ahead_bytes)
+    return Step(profile, outside).simulate(choices, max_inflight_bytes, max_ahead_bytes)
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,21 @@ class _Again:
 class Step:
     """A profile, prepared to be walked through many times."""
 
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
+    def __init__(self, profile: Profile, outside: Choice = Choice.KEEP) -> None:
+        self.profile, self._outside = profile, outside
         self.before = [(piece.before_ms, piece.forward_bytes) for piece in profile.pieces]
         self.after = [(piece.after_ms, piece.backward_bytes) for piece in profile.pieces]
         self._runs: list[tuple[int | None, dict[Choice, _Part]]] = []
         at = 0
         for block, group in itertools.groupby(profile.pieces, lambda piece: piece.block):
             pieces = with_parts(list(group))
-            kinds = [Choice.KEEP] if block is None else list(Choice)
+            kinds = list(Choice) if block is not None else [outside]
             self._runs.append((block, {kind: self._part(at, block, pieces, kind) for kind in kinds}))
             at += len(pieces)
 
     def simulate(self, choices: Sequence[Choice], inflight: int, ahead: int | None = None) -> Prediction:
         """As the function."""
-        parts = [kinds[Choice.KEEP if block is None else choices[block]] for block, kinds in self._runs]
+        parts = [kinds[self._outside if block is None else choices[block]] for block, kinds in self._runs]
         walk = _Walk(self, parts, inflight)
         walk.most_ahead = inflight if ahead is None else ahead
         walk.forward()
