@@ -37,8 +37,8 @@ CHECKPOINT = "'activations[policy=checkpoint,base=hf-liger]'"
 TRL = "'activations[policy=trl,base=hf-liger]'"
 LEAN = "'activations[policy=offload,max_inflight_mib={},base=hf-liger]'"
 AUTO = "'activations[policy=auto,target_share={},base=hf-liger]'"
-VRAM = "vram --device cuda --base hf-liger --launches 2"
-VRAM_SHORT = f"{VRAM} --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 --time-budget 4"
+VRAM = "vram --device cuda --base hf-liger"
+VRAM_SHORT = f"{VRAM} --launches 2 --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 --time-budget 4"
 VRAM_LONG = f"{VRAM} --shape llama-8b:6 --batch-sizes 1 --sequence-lengths 65536"
 VRAM_AUTO = (
     f"compare {CHECKPOINT} {AUTO} --device cuda --workload train --shape llama-1b --batch-size 4 "
@@ -107,7 +107,7 @@ RUNS: dict[str, tuple[str, int]] = {
         "--case bk-core-small,bk-core-medium,bk-core-scaling",
         0,
     ),
-    "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,trl,checkpoint", 0),
+    "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,trl", 0),
     "vram-short-auto": (
         f"{VRAM_SHORT} --policy off,offload,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15",
         0,
@@ -117,15 +117,16 @@ RUNS: dict[str, tuple[str, int]] = {
         "--shape llama-1b --batch-size 4 --seq-length 2048 --dtype bf16 --warmup-steps 3 --time-budget 20",
         0,
     ),
-    "vram-long": (f"{VRAM_LONG} --policy off,offload,save-on-cpu,trl,checkpoint", 0),
+    "vram-long": (f"{VRAM_LONG} --launches 2 --policy off,offload,save-on-cpu,checkpoint", 0),
+    "vram-long-peers": (f"{VRAM_LONG} --launches 1 --policy off,offload,save-on-cpu,trl", 0),
     "vram-auto-30": (VRAM_AUTO.format(0.3), 0),
     "vram-auto-15": (VRAM_AUTO.format(0.15), 0),
     "vram-lean": (
-        f"compare {TRL} {LEAN.format(1024)} {LEAN.format(512)} --device cuda --workload train --shape llama-1b "
+        f"compare {TRL} {LEAN.format(512)} --device cuda --workload train --shape llama-1b "
         "--batch-size 4 --seq-length 2048 --dtype bf16 --warmup-steps 3 --launches 3 --time-budget 6",
         0,
     ),
-    "vram-long-auto": (f"{VRAM_LONG} --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
+    "vram-long-auto": (f"{VRAM_LONG} --launches 2 --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
     "vram-compare": (
         "vram --device cuda --mode compare --base hf-liger --shape llama-1b --batch-sizes 4 "
         "--sequence-lengths 2048",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.attempt import NVML, _environment, _imports, attempt
+from assay.attempt import ALLOCATOR, NVML, _environment, _imports, attempt
 from assay.contracts import Arm, Attempt, Attempted, Case
 from assay.errors import Unavailable, UsageError
 from assay.measure.record import Status
@@ -180,7 +180,8 @@ ASKS = """
 import os, sys
 
 def whether(case):
-    raise ValueError(f"{'json.tool' in sys.modules} {os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK')}")
+    given = [os.environ.get(name) for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "PYTORCH_ALLOC_CONF")]
+    raise ValueError(f"{'json.tool' in sys.modules} {given[0]} {given[1]}")
 """
 
 
@@ -194,15 +195,28 @@ def whether(case):
     ],
 )
 def test_an_import_that_breaks_costs_no_trial(line: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "story.py").write_text(STORY)
-    (tmp_path / "asks.py").write_text(ASKS)
-    (tmp_path / "breaks_on_import.py").write_text(line)
-    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    assert said in told(tmp_path, "json.tool", "breaks_on_import", "nowhere", breaks=line)
+
+
+def told(folder: Path, *imports: str, breaks: str = "", **variables: str) -> str:
+    """What a trial of an arm that asks its process says."""
+    (folder / "story.py").write_text(STORY)
+    (folder / "asks.py").write_text(ASKS)
+    (folder / "breaks_on_import.py").write_text(breaks)
+    paths = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    environ = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
     run = subprocess.run(
-        [sys.executable, "story.py", "json.tool", "breaks_on_import", "nowhere"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
+        [sys.executable, "story.py", *imports], cwd=folder, capture_output=True, text=True,
+        env={**environ, **variables, "PYTHONPATH": paths},
     )  # fmt: skip
-    assert said in run.stdout, run.stderr
+    assert run.stdout, run.stderr
+    return run.stdout
+
+
+def test_trials_pin_by_registering_unless_the_allocator_was_told_something_else(tmp_path: Path) -> None:
+    assert told(tmp_path, "json.tool").split()[-1] == ALLOCATOR[1]
+    assert told(tmp_path, PYTORCH_ALLOC_CONF="expandable_segments:True").split()[-1].endswith(":True")
+    assert told(tmp_path, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True").split()[-1] == "None"
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ MIB = 2**20
 # Imports may ask whether there is a GPU: then through the driver's library. The other way starts CUDA, and no
 # fork survives that.
 NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+# pinned memory for an offloader: registered it is there three times as soon, and each trial pins its own
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
 # what libraries below torch say when there is no memory left for them
 WANTING = ("out of memory", "ALLOC_FAILED", "bad_alloc", "could not create a primitive")
 
@@ -56,7 +58,10 @@ def attempt(request: Attempt, timeout_s: float = 600) -> Attempted:
 def _serve_forks(request: Attempt) -> None:
     """Have the server of forks run. A Ctrl-C is not for it: while it imports it would end by one."""
     resource_tracker.ensure_running()  # by itself it lifts the mask again
-    with _environment({NVML: "1", NAMES: ",".join(_imports(request))}):
+    given = {NVML: "1", NAMES: ",".join(_imports(request))}
+    if not any(name in os.environ for name in (ALLOCATOR[0], "PYTORCH_CUDA_ALLOC_CONF")):
+        given |= dict([ALLOCATOR])
+    with _environment(given):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             forkserver.ensure_running()

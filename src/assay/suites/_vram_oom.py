@@ -2,8 +2,8 @@
 
 Along an axis and for a policy: probes of doubling size up to a fraction of the limit, one or two more where
 these leave open what fits, a prediction from them alone, and a search that starts at the prediction and ends
-where one size fits and the next does not. Every trial is an Attempt. Nothing is kept between trials but their answers, so `replay` makes the result of a run
-from what the run has, whole or interrupted.
+where one size fits and the next does not. Every trial is an Attempt. Nothing is kept between trials but their
+answers, so `replay` makes the result of a run from what the run has, whole or interrupted.
 """
 
 from __future__ import annotations

@@ -239,6 +239,34 @@ def test_offloading_is_held_against_what_its_bytes_and_the_link_let_it_be() -> N
     assert policy.offloader.statistics.bytes_out == policy.predicted.bytes_out
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_after_a_proof_at_another_size_steps_are_what_they_were(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool is cut for the steps that are timed: none of them finds it as a smaller proof left it."""
+    inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device=device, seed=0)
+    options = {"min_bytes": 1024, "max_inflight_bytes": 0}
+    policy = build_policy("offload", inner.module, blocks_of(inner.module), inner.loss, device, options)
+    assert isinstance(policy, Offload)
+    language = PolicyLM(inner, policy, 4, 16)
+    differing = PolicyLM._differing
+
+    def small(self: PolicyLM, batch: int, length: int) -> dict[str, Any]:
+        if batch > 2:
+            raise torch.OutOfMemoryError("for the test")
+        return differing(self, batch, length)
+
+    monkeypatch.setattr(PolicyLM, "_differing", small)
+    found = language.proof()
+    assert found["compared_batch"] == 2
+    assert ("plan_exposed_ms" in found) == (device == "cuda")
+    proved = policy.offloader.statistics.bytes_out
+    ids_BT = torch.arange(64, device=device).reshape(4, 16)
+    language.loss(ids_BT).backward()  # type: ignore[no-untyped-call]
+    assert policy.offloader.statistics.bytes_out == proved > 0
+    assert language.proof()["offload_pinned_allocations"] == found["offload_pinned_allocations"]
+
+
 def test_step_that_does_not_fit_is_profiled_at_half_the_batch() -> None:
     inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
     batches = list[int]()

@@ -111,6 +111,7 @@ class PolicyLM:
         if not self._found and type(self._policy) is not Policy:
             self._found = self.differing(*self._size)
             self._predict()
+            self._settle()
         return {**self._inner.proof(), **self._policy.counters(), **self._found}
 
     def _predict(self) -> None:
@@ -119,6 +120,14 @@ class PolicyLM:
             ids_BT = self._inputs(*self._size)[0]
             with contextlib.suppress(torch.OutOfMemoryError):
                 self._policy.predict(ids_BT)
+
+    def _settle(self) -> None:
+        """Leave everything as the steps that are timed leave it: nothing of steps without the policy, or of
+        another size, in an allocator's hands or in a pool of host memory."""
+        torch.cuda.empty_cache()
+        for ids_BT in self._inputs(*self._size):
+            self._answers(ids_BT, self._policy)
+        self.zero_grad()
 
     def _inputs(self, batch: int, length: int) -> Tensor:
         """Two batches of token ids, (2, B, T), the same ones each time."""
