@@ -126,7 +126,10 @@ RUNS: dict[str, tuple[str, int]] = {
         "--batch-size 4 --seq-length 2048 --dtype bf16 --warmup-steps 3 --launches 3 --time-budget 6",
         0,
     ),
-    "vram-long-auto": (f"{VRAM_LONG} --launches 2 --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15", 0),
+    "vram-long-auto": (
+        f"{VRAM_LONG} --launches 2 --policy off,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15",
+        0,
+    ),
     "vram-compare": (
         "vram --device cuda --mode compare --base hf-liger --shape llama-1b --batch-sizes 4 "
         "--sequence-lengths 2048",
