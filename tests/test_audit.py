@@ -18,9 +18,14 @@ def test_kernel_times_are_cut_at_the_ends_of_phases() -> None:
     """A kernel of 4 us and a copy of 1 in forward, one of 3 in backward; annotations do not count."""
     device, host = SimpleNamespace(name="CUDA"), SimpleNamespace(name="CPU")
 
-    def event(name: str, start: float, end: float, kind: object, note: bool = False) -> SimpleNamespace:
-        span = SimpleNamespace(start=start, end=end)
-        return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=note)
+    def event(name: str, start: int, end: int, kind: object, note: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=lambda: name,
+            start_ns=lambda: 1000 * start,
+            end_ns=lambda: 1000 * end,
+            device_type=lambda: kind,
+            is_user_annotation=lambda: note,
+        )
 
     events = [
         event("aten::mm", 0, 3, host),
@@ -34,6 +39,43 @@ def test_kernel_times_are_cut_at_the_ends_of_phases() -> None:
     ]
     assert audit.kernel_times_ns(events) == {"step": 8000.0, "forward": 5000.0, "backward": 3000.0}
     assert audit.kernel_times_ns([events[0]]) == {}
+
+
+class Stepping:
+    """A trial of many operators."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.linear = torch.nn.Linear(4, 4)
+
+    def reset(self) -> None:
+        pass
+
+    def step(self, end: Any) -> None:
+        with torch.autograd.profiler.record_function("named"):  # type: ignore[no-untyped-call]
+            for _ in range(self.count):
+                self.linear(torch.ones(4)).relu()
+
+
+def test_operators_are_counted_as_torch_counts_them() -> None:
+    trial: Any = Stepping(7)
+    counts, digest, kernels = audit.operators(trial, "cpu")
+    with torch.autograd.profiler.profile(use_kineto=True, acc_events=True) as run:
+        trial.step(None)
+    assert counts == {event.key: event.count for event in run.key_averages()}
+    assert (counts["aten::linear"], counts["named"], kernels) == (7, 1, {})
+    assert audit.operators(trial, "cpu")[1] == digest
+    assert audit.operators(Stepping(8), "cpu")[1] != digest  # type: ignore[arg-type]
+
+
+def test_no_table_is_made_of_what_the_profiler_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 0.08 ms an event: a generation by transformers has most of a million."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(torch.autograd.profiler.profile, "_parse_kineto_results", fail)
+    assert audit.operators(Stepping(3), "cpu")[0]["aten::relu"] == 3  # type: ignore[arg-type]
 
 
 class Answering:
