@@ -203,8 +203,12 @@ def test_what_is_exposed_is_held_against_the_predicted_minimum(
     machine.proof["offload_exposed_ms"] = stood_ms
     if least_ms is not None:
         machine.proof["plan_exposed_ms"] = least_ms
+    machine.proof["plan_reason"] = "for the test"
     short = {"shape": "llama-1b", "sequence_lengths": "2048"}
-    found = machine.kpis(machine.run(**short))["vram_offload_exposed"]
+    run = machine.run(**short)
+    found = machine.kpis(run)["vram_offload_exposed"]
+    (finding,) = (f for f in run.findings if f.kpi.metric == "vram_offload_exposed")
+    assert (finding.reason == "for the test") == (least_ms is None)
     assert found == (want[0], want[1] and pytest.approx(want[1]))
     for other in ({**short, "policy": "off,checkpoint"}, {**short, "shape": "qwen3-0.6b"}):
         assert machine.kpis(machine.run(**other))["vram_offload_exposed"] == ("SKIPPED", None)

@@ -337,7 +337,8 @@ class Figures:
         the step, whichever is more."""
         least, stood, baseline = reading.proof("plan_exposed_ms"), reading.exposed_ms, self.baseline(reading)
         if least is None or stood is None or reading.slowdown is None or not (baseline and baseline.step_ms):
-            return Metric(reason="offload has no prediction, or off was not measured")
+            why = [str(r.proof["plan_reason"]) for r in reading.records if "plan_reason" in r.proof]
+            return Metric(reason=why[0] if why else "offload has no prediction, or off was not measured")
         added = (reading.slowdown.ratio - 1) * baseline.step_ms
         told = f"{stood:.1f} ms stood still, {added:.1f} ms added; predicted {least:.1f} ms"
         if least <= 0:

@@ -267,6 +267,18 @@ def test_after_a_proof_at_another_size_steps_are_what_they_were(
     assert language.proof()["offload_pinned_allocations"] == found["offload_pinned_allocations"]
 
 
+def test_a_prediction_that_does_not_fit_says_so() -> None:
+    inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
+
+    def full(ids_BT: Tensor) -> Profile:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
+
+    offloader = offload_activations(inner.module, device="cpu", min_bytes=1024)
+    found = PolicyLM(inner, Offload(offloader, profile=full), 2, 16).proof()
+    want = "a step without offloading does not fit: CUDA out of memory. Tried to allocate 1 GiB."
+    assert (found["plan_reason"], "plan_step_ms" in found) == (want, False)
+
+
 def test_step_that_does_not_fit_is_profiled_at_half_the_batch() -> None:
     inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
     batches = list[int]()

@@ -109,17 +109,20 @@ class PolicyLM:
     def proof(self) -> dict[str, Scalar]:
         """Counters of the model and of the policy, and how many tensors differ from those without it."""
         if not self._found and type(self._policy) is not Policy:
-            self._found = self.differing(*self._size)
-            self._predict()
+            self._found = {**self.differing(*self._size), **self._predict()}
             self._settle()
         return {**self._inner.proof(), **self._policy.counters(), **self._found}
 
-    def _predict(self) -> None:
-        """Have an offloader say what it should cost; where a step without it fits."""
+    def _predict(self) -> dict[str, Scalar]:
+        """Have an offloader say what it should cost; or why it cannot: a step without it does not fit."""
         if isinstance(self._policy, Offload):
-            ids_BT = self._inputs(*self._size)[0]
-            with contextlib.suppress(torch.OutOfMemoryError):
-                self._policy.predict(ids_BT)
+            try:
+                self._policy.predict(self._inputs(*self._size)[0])
+            except torch.OutOfMemoryError as e:
+                return {
+                    "plan_reason": f"a step without offloading does not fit: {str(e).partition(chr(10))[0]}"
+                }
+        return {}
 
     def _settle(self) -> None:
         """Leave everything as the steps that are timed leave it: nothing of steps without the policy, or of
