@@ -192,9 +192,8 @@ def vram_lines(
     options = {n: type(o.default)(given.get(n, o.default)) for n, o in SUITE.options.items()}
     options["device"] = "cuda"
     wanted = asked(options)
-    entries = [
-        Entry(case=c, arms=wanted.arms, records=tuple(of(c, records))) for c in wanted.cases if records
-    ]
+    cases = list(dict.fromkeys(r.case for r in records)) if wanted.mode == "oom" else wanted.cases
+    entries = [Entry(case=c, arms=wanted.arms, records=tuple(of(c, records))) for c in cases if records]
     run = SuiteRun(options=options, started="", entries=entries, attempts=trials, state="ended")
     judged_ = judge_kpis(SUITE.kpis, SUITE.metrics(run))
     findings = [f for f in judged_ if f.value is not None or f.status is KPIStatus.ERROR]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import assay
 from assay.attempt import ALLOCATOR, NVML, _environment, _imports, attempt
 from assay.contracts import Arm, Attempt, Attempted, Case
 from assay.errors import Unavailable, UsageError
@@ -203,7 +204,7 @@ def told(folder: Path, *imports: str, breaks: str = "", **variables: str) -> str
     (folder / "story.py").write_text(STORY)
     (folder / "asks.py").write_text(ASKS)
     (folder / "breaks_on_import.py").write_text(breaks)
-    paths = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(folder), str(Path(assay.__file__).parents[1])])
     environ = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
     run = subprocess.run(
         [sys.executable, "story.py", *imports], cwd=folder, capture_output=True, text=True,

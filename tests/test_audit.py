@@ -14,15 +14,16 @@ from assay import audit
 from assay.measure import validity
 
 
-def test_kernel_times_are_cut_at_the_ends_of_phases() -> None:
+@pytest.mark.parametrize("begin", [0, 1_795_341_244_770_889_943])
+def test_kernel_times_are_cut_at_the_ends_of_phases(begin: int) -> None:
     """A kernel of 4 us and a copy of 1 in forward, one of 3 in backward; annotations do not count."""
     device, host = SimpleNamespace(name="CUDA"), SimpleNamespace(name="CPU")
 
     def event(name: str, start: int, end: int, kind: object, note: bool = False) -> SimpleNamespace:
         return SimpleNamespace(
             name=lambda: name,
-            start_ns=lambda: 1000 * start,
-            end_ns=lambda: 1000 * end,
+            start_ns=lambda: begin + 1000 * start,
+            end_ns=lambda: begin + 1000 * end,
             device_type=lambda: kind,
             is_user_annotation=lambda: note,
         )
@@ -49,20 +50,26 @@ class Stepping:
         self.linear = torch.nn.Linear(4, 4)
 
     def reset(self) -> None:
-        pass
+        self.linear.zero_grad(set_to_none=True)
 
     def step(self, end: Any) -> None:
         with torch.autograd.profiler.record_function("named"):  # type: ignore[no-untyped-call]
             for _ in range(self.count):
-                self.linear(torch.ones(4)).relu()
+                self.linear(torch.ones(4)).relu().backward(torch.ones(4))
+        end("phase")
 
 
-def test_operators_are_counted_as_torch_counts_them() -> None:
+def test_operators_are_those_that_torch_tells_of() -> None:
     trial: Any = Stepping(7)
     counts, digest, kernels = audit.operators(trial, "cpu")
+    trial.reset()
     with torch.autograd.profiler.profile(use_kineto=True, acc_events=True) as run:
-        trial.step(None)
-    assert counts == {event.key: event.count for event in run.key_averages()}
+        trial.step(str)
+    torchs = {event.key: event.count for event in run.key_averages()}
+    assert counts.keys() == torchs.keys()
+    more = {name for name, n in counts.items() if n > torchs[name]}
+    assert more <= {"aten::detach", "aten::sum"}, "what calls its namesake"
+    assert all(n >= torchs[name] for name, n in counts.items())
     assert (counts["aten::linear"], counts["named"], kernels) == (7, 1, {})
     assert audit.operators(trial, "cpu")[1] == digest
     assert audit.operators(Stepping(8), "cpu")[1] != digest  # type: ignore[arg-type]
@@ -76,6 +83,19 @@ def test_no_table_is_made_of_what_the_profiler_saw(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.autograd.profiler.profile, "_parse_kineto_results", fail)
     assert audit.operators(Stepping(3), "cpu")[0]["aten::relu"] == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_profiled_step_has_its_kernels_and_their_time() -> None:
+    class OnGpu(Stepping):
+        def step(self, end: Any) -> None:
+            torch.ones(4, device="cuda").relu()
+            end("phase")
+
+    counts, _, kernels = audit.operators(OnGpu(1), "cuda")  # type: ignore[arg-type]
+    assert counts["aten::relu"] == 1
+    assert any("elementwise" in name and "void " in name for name in counts), "names are readable"
+    assert kernels["step"] == kernels["phase"] > 500
 
 
 class Answering:

@@ -34,7 +34,7 @@ MIB = 2**20
 # Imports may ask whether there is a GPU: then through the driver's library. The other way starts CUDA, and no
 # fork survives that.
 NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
-# pinned memory for an offloader: registered it is there three times as soon, and each trial pins its own
+# pinned memory for an offloader: each trial pins its own, and registering takes a third of the time
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
 # what libraries below torch say when there is no memory left for them
 WANTING = ("out of memory", "ALLOC_FAILED", "bad_alloc", "could not create a primitive")

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from assay import suite
 from assay.contracts import Arm, Attempt, Attempted, Case, Metric, SuiteRun
@@ -115,6 +117,39 @@ def test_uneven_probes_are_followed_by_larger_ones() -> None:
     assert found.largest is not None
     assert found.predicted.low <= found.largest <= (found.predicted.high or 0)
     assert abs(found.size_error_percent or 0.0) <= 3
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    axis=st.sampled_from(
+        [
+            BATCHES,
+            Axis("seq_length", 1, 16),
+            Axis("seq_length", 4, 80, 40_960),
+            Axis("seq_length", 1, 80, 160),
+        ]
+    ),
+    base=st.sampled_from([1, 50, 300, 900, 1100]),
+    per_token=st.floats(1e-3, 10),
+    square=st.sampled_from([0.0, 1e-7, 1e-5]),
+    held=st.sampled_from([1.0, 1.03, 1.3, 1.6]),
+    kept=st.sampled_from([0.0, 0.5, 1.0]),
+    uneven=st.sampled_from([0.0, 0.05]),
+)
+def test_a_bound_is_of_sizes_that_can_be_asked_for_and_within_its_interval(
+    axis: Axis, base: float, per_token: float, square: float, held: float, kept: float, uneven: float
+) -> None:
+    ask = machine(base, per_token, square, held, kept, uneven)
+    found, answers = explored(ask, axis)
+    sizes = [int(a.asked.case.params[axis.name]) for a in answers]
+    assert all(0 < size <= axis.most and size % axis.unit == 0 for size in sizes)
+    predicted = found.predicted
+    if predicted is not None and predicted.size is not None:
+        ends = (predicted.low, predicted.size, predicted.size if predicted.high is None else predicted.high)
+        assert ends == tuple(sorted(ends))
+        assert all(end % axis.unit == 0 for end in ends)
+        probed = [a for a in answers[: sizes.index(predicted.size)]] if predicted.size in sizes else []
+        assert all(a.fits is not (size >= predicted.size) for a, size in zip(probed, sizes, strict=False))
 
 
 def test_along_the_length_the_square_is_predicted_too() -> None:

@@ -20,6 +20,7 @@ from assay.suites._vram_oom import Capacity
 __all__ = ["Figures", "Reading", "Slowdown"]
 
 H200 = "H200"
+PROFILED = 0.1  # a step that was profiled may take so much more or less than those that were timed
 OURS = ("offload", "auto")
 LONG = ("llama-8b:6", 1, 65536)  # the targets' shape, batch and length
 SHORT = ("llama-1b", 4, 2048)  # and one on which offloading cannot hide
@@ -98,12 +99,16 @@ class Reading:
     @property
     def exposed_ms(self) -> float | None:
         """Time that compute stood still for copies in one step; where the policy tells."""
-        return self._median(lambda r: _number(r.proof.get("offload_exposed_ms")))
+        return self.counted("offload_exposed_ms")
 
     @property
     def target_share(self) -> float | None:
         """Of the activation peak, that `auto` was to keep."""
         return _number(self.records[0].arm.options.get("target_share")) if self.records else None
+
+    def counted(self, name: str) -> float | None:
+        """A counter, the median of all launches."""
+        return self._median(lambda r: _number(r.proof.get(name)))
 
     def proof(self, name: str) -> float | None:
         """A counter, the largest of all launches."""
@@ -302,7 +307,7 @@ class Figures:
         return Metric(value=value, reason=reason)
 
     def _offload(self, figure: Callable[[Reading], Metric], *places: tuple[str, int, int]) -> Metric:
-        """A figure of offloading at the shapes, and on the device, that the targets speak of: the largest."""
+        """A figure of offloading at the shapes, and on the device, that the targets speak of."""
         found = [
             r
             for r in self.readings
@@ -318,9 +323,7 @@ class Figures:
             return Metric(
                 reason=f"a target for one H200; this is {device.device if device else 'another machine'}"
             )
-        figures = [figure(reading) for reading in found]
-        unknown = next((one for one in figures if one.value is None), None)
-        return unknown or max(figures, key=lambda one: one.value or 0.0)
+        return figure(found[0])  # a run has one shape, and each shape one place
 
     def _reduction(self, reading: Reading) -> Metric:
         share = self.saved_share(reading, _activation)
@@ -333,18 +336,26 @@ class Figures:
         return Metric(value=found.ratio, low=found.low, high=found.high)
 
     def _exposed(self, reading: Reading) -> Metric:
-        """What offloading exposes over what it had to: the time that compute stood still, or that it adds to
-        the step, whichever is more."""
-        least, stood, baseline = reading.proof("plan_exposed_ms"), reading.exposed_ms, self.baseline(reading)
-        if least is None or stood is None or reading.slowdown is None or not (baseline and baseline.step_ms):
+        """What offloading exposes over what was predicted: the time that compute stood still, or that it adds
+        to the step, whichever is more."""
+        planned, least = (reading.counted(f"plan_{name}_ms") for name in ("step", "exposed"))
+        stood, baseline = reading.exposed_ms, self.baseline(reading)
+        if planned is None or least is None:
             why = [str(r.proof["plan_reason"]) for r in reading.records if "plan_reason" in r.proof]
-            return Metric(reason=why[0] if why else "offload has no prediction, or off was not measured")
-        added = (reading.slowdown.ratio - 1) * baseline.step_ms
-        told = f"{stood:.1f} ms stood still, {added:.1f} ms added; predicted {least:.1f} ms"
-        if least <= 0:
-            return Metric(reason=f"nothing to divide by: {told}")
-        where = f"batch {reading.batch} x {reading.length} tokens"
-        return Metric(value=max(stood, added) / least, reason=f"{where}: {told}")
+            return Metric(reason=why[0] if why else "offload has no prediction")
+        if stood is None or reading.slowdown is None or not (baseline and baseline.step_ms):
+            return Metric(reason="off was not measured")
+        off_ms, kept_ms, over = baseline.step_ms, planned - least, reading.slowdown
+        ends = [max(stood, (ratio - 1) * off_ms) for ratio in (over.low, over.ratio, over.high)]
+        told = (
+            f"{stood:.1f} ms stood still, {(over.ratio - 1) * off_ms:.1f} ms added; predicted {least:.1f} ms"
+        )
+        if abs(kept_ms / off_ms - 1) > PROFILED:
+            told += f", of a step without offloading that took {kept_ms:.1f} ms for {off_ms:.1f}"
+        elif least > 0:
+            low, value, high = (end / least for end in ends)
+            return Metric(value=value, low=low, high=high, reason=told)
+        return Metric(reason=f"no prediction to divide by: {told}")
 
     def _over_save_on_cpu(self, reading: Reading) -> Metric:
         """Added time of save_on_cpu over that of offload; nothing where offload adds none."""

@@ -8,6 +8,7 @@ answers, so `replay` makes the result of a run from what the run has, whole or i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,7 @@ def explore(axis: Axis, arm: Arm, limit_mib: int | None, case_of: Callable[[int,
     yield from _probe(tried)
     limit = max((a.limit_mib for a in tried.fitted.values() if a.limit_mib), default=limit_mib)
     yield from _probe_more(tried, limit)
-    model, predicted, unpredicted = _predict(axis, tried.fitted, limit)
+    model, predicted, unpredicted = _predict(tried, limit)
     guess = (predicted.size if predicted else None) or tried.low or axis.unit
     yield from _search(tried, min(guess, FARTHEST * max(tried.low, axis.unit)))
     low, truth = tried.low, tried.fitted.get(tried.low)
@@ -223,7 +224,7 @@ def _probe_more(tried: _Tried, limit_mib: float | None) -> Generator[Attempt, At
     for units in (probed * 3 // 2, probed * 2):
         if _grown(tried) >= PROBED_MORE or units * axis.unit > axis.most or limit_mib is None:
             return
-        model, _, _ = _predict(axis, tried.fitted, limit_mib)
+        model, _, _ = _predict(tried, limit_mib)
         if model is None or not _open(_fitting(model, axis, limit_mib), axis):
             return
         if not (yield from tried.answer(units * axis.unit)).fits:
@@ -246,21 +247,19 @@ def _grown(tried: _Tried) -> float:
     return (last.peak_mib - first.peak_mib) / max(last.limit_mib - first.peak_mib, 1.0)
 
 
-def _predict(
-    axis: Axis, fitted: dict[int, Attempted], limit_mib: float | None
-) -> tuple[PeakModel | None, Bound | None, str]:
+def _predict(tried: _Tried, limit_mib: float | None) -> tuple[PeakModel | None, Bound | None, str]:
     """Model and bound from the probes; or why there are none.
 
     An allocator in want gives back what it only holds, but for what lies between tensors. So the limit is met
     somewhere between the size at which all that it held would meet it and that at which tensors alone do: the
     bound is halfway, and its interval reaches from the lower end of the one to the upper end of the other.
     """
-    used, held = [], []
-    for size, tried in fitted.items():
-        if size * FITTED >= max(fitted):
-            assert tried.peak_mib is not None and tried.reserved_mib is not None
-            used.append(Probe(*axis.shape(size), tried.peak_mib * MIB))
-            held.append(Probe(*axis.shape(size), tried.reserved_mib * MIB))
+    axis, used, held = tried.axis, [], []
+    for size, one in tried.fitted.items():
+        if size * FITTED >= tried.low:
+            assert one.peak_mib is not None and one.reserved_mib is not None
+            used.append(Probe(*axis.shape(size), one.peak_mib * MIB))
+            held.append(Probe(*axis.shape(size), one.reserved_mib * MIB))
     if limit_mib is None or not used:
         return None, None, "nothing fits"
     try:
@@ -268,7 +267,7 @@ def _predict(
         all_held, tensors = (_fitting(m, axis, limit_mib) for m in (fit(held), model))
     except UsageError as e:
         return None, None, str(e)
-    return model, _between(all_held, tensors, axis.unit), ""
+    return model, _between(all_held, tensors, tried), ""
 
 
 def _fitting(model: PeakModel, axis: Axis, limit_mib: float) -> Bound:
@@ -277,12 +276,26 @@ def _fitting(model: PeakModel, axis: Axis, limit_mib: float) -> Bound:
     return along(limit_mib * MIB, axis.fixed).upto(axis.most)
 
 
-def _between(least: Bound, most: Bound, unit: int) -> Bound:
-    """Halfway from one bound to another, in steps."""
-    low = min(least.low, most.low)
-    if least.size is None or most.size is None:
-        return replace(most, low=low)
-    return replace(most, size=(least.size + most.size) // (2 * unit) * unit, low=low)
+def _between(least: Bound, most: Bound, tried: _Tried) -> Bound:
+    """Halfway from one bound to another, in steps, and nowhere that a probe has shown to be wrong."""
+    end = math.inf if tried.high is None else tried.high - tried.axis.unit
+
+    def possible(size: int) -> int:
+        return int(min(max(size // tried.axis.unit * tried.axis.unit, tried.low), end))
+
+    # nothing bounds what is None, but for a probe that failed
+    low, size, high = (
+        None if n is None and tried.high is None else possible(MOST if n is None else n)
+        for n in (min(least.low, most.low), _middle(least.size, most.size), most.high)
+    )
+    assert low is not None
+    if size is not None and high is not None:
+        size = min(size, high)
+    return Bound(size if size is None else max(size, low), low, high)
+
+
+def _middle(least: int | None, most: int | None) -> int | None:
+    return most if least is None or most is None else (least + most) // 2
 
 
 def _search(tried: _Tried, guess: int) -> Generator[Attempt, Attempted, None]:

@@ -62,7 +62,7 @@ KPIS = (
         comparison="<=",
         threshold=1.15,
         unit="x",
-        when="of the predicted minimum; that shape, and Llama-1B at 4 x 2048 tokens, one H200",
+        when="what offload exposes over what was predicted; that shape, Llama-1B at 4 x 2048, one H200",
     ),
     KPI(
         metric="vram_auto_over_pure",

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from assay.errors import Unavailable
-from assay.systems.activations import POLICIES
+from assay.errors import Unavailable, UsageError
+from assay.systems.activations import POLICIES, policies
 from assay.systems.activations.language import PolicyLM, blocks_of
 from assay.systems.activations.policies import (
     THEIRS,
+    Auto,
     Checkpoint,
     Hooks,
     Offload,
@@ -267,19 +268,47 @@ def test_after_a_proof_at_another_size_steps_are_what_they_were(
     assert language.proof()["offload_pinned_allocations"] == found["offload_pinned_allocations"]
 
 
-def test_a_prediction_that_does_not_fit_says_so() -> None:
+@pytest.mark.parametrize(
+    ("fault", "want"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore"),
+            "a step without offloading does not fit: CUDA out of memory. Tried to allocate 1 GiB.",
+        ),
+        (UsageError("two steps saved different tensors"), "no step was profiled: two steps saved different"),
+    ],
+)
+def test_a_prediction_that_cannot_be_made_says_why(fault: Exception, want: str) -> None:
     inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
 
-    def full(ids_BT: Tensor) -> Profile:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
+    def fails(ids_BT: Tensor) -> Profile:
+        raise fault
 
     offloader = offload_activations(inner.module, device="cpu", min_bytes=1024)
-    found = PolicyLM(inner, Offload(offloader, profile=full), 2, 16).proof()
-    want = "a step without offloading does not fit: CUDA out of memory. Tried to allocate 1 GiB."
-    assert (found["plan_reason"], "plan_step_ms" in found) == (want, False)
+    found = PolicyLM(inner, Offload(offloader, profile=fails), 2, 16).proof()
+    assert str(found["plan_reason"]).startswith(want)
+    assert "plan_step_ms" not in found
 
 
-def test_step_that_does_not_fit_is_profiled_at_half_the_batch() -> None:
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [
+        ({}, "cpu"),
+        ({"lossy": "fp8"}, "cuda"),
+        ({"skip_last": 2}, "cuda"),
+        ({"pin": False}, "cuda"),
+        ({"prefetch": False}, "cuda"),
+    ],
+)
+def test_nothing_is_predicted_of_what_the_walk_does_not_know(options: dict[str, Any], device: str) -> None:
+    def profiling(**options: Any) -> object:
+        return policies._profiling(offload_activations(device="cpu", **options), mlp(), [], no_loss, device)
+
+    assert profiling(**options) is None
+    assert (profiling() is None) == (device == "cpu")
+
+
+def test_step_that_does_not_fit_is_planned_from_half_the_batch() -> None:
     inner = build_decoder("tiny", Parts(attention="sdpa"), name="x", dtype="fp32", device="cpu", seed=0)
     batches = list[int]()
 
@@ -289,16 +318,19 @@ def test_step_that_does_not_fit_is_profiled_at_half_the_batch() -> None:
             raise torch.OutOfMemoryError("for the test")
         return inner.loss(ids_BT)
 
+    blocks = blocks_of(inner.module)
+    auto = Auto(
+        inner.module, blocks, loss,
+        size=(8, 8), share=0.5, target_mib=None, device="cpu", min_bytes=0, pin=False,
+    )  # fmt: skip
     ids_BT = torch.arange(64).reshape(8, 8)
-    found = profile_of(loss, ids_BT, blocks_of(inner.module), inner.module, device="cpu", min_bytes=0)
-    small = profile_of(loss, ids_BT[:2], blocks_of(inner.module), inner.module, device="cpu", min_bytes=0)
+    found = auto._profile(ids_BT)
     assert batches[:3] == [8, 4, 2]
+    small = profile_of(loss, ids_BT[:2], blocks, inner.module, device="cpu", min_bytes=0)
     assert found.saved_bytes == 4 * small.saved_bytes
-    with pytest.raises(torch.OutOfMemoryError):
-        profile_of(
-            lambda ids_BT: loss(torch.cat([ids_BT] * 3)), ids_BT, [], inner.module, device="cpu", min_bytes=0
-        )
     assert all(p.grad is None for p in inner.module.parameters())
+    with pytest.raises(torch.OutOfMemoryError):
+        profile_of(loss, ids_BT, blocks, inner.module, device="cpu", min_bytes=0)
 
 
 def _packs(policy: Hooks) -> bool:

@@ -114,14 +114,14 @@ class PolicyLM:
         return {**self._inner.proof(), **self._policy.counters(), **self._found}
 
     def _predict(self) -> dict[str, Scalar]:
-        """Have an offloader say what it should cost; or why it cannot: a step without it does not fit."""
+        """Have an offloader say what it should cost; or why it cannot."""
         if isinstance(self._policy, Offload):
             try:
                 self._policy.predict(self._inputs(*self._size)[0])
             except torch.OutOfMemoryError as e:
-                return {
-                    "plan_reason": f"a step without offloading does not fit: {str(e).partition(chr(10))[0]}"
-                }
+                return {"plan_reason": f"a step without offloading does not fit: {str(e).splitlines()[0]}"}
+            except UsageError as e:  # a figure that is only told: no reason to have none of the others
+                return {"plan_reason": f"no step was profiled: {e}"}
         return {}
 
     def _settle(self) -> None:

@@ -218,7 +218,7 @@ class Auto(Policy):
             yield
 
     def _plan(self, ids_BT: Tensor) -> PlannedOffloader:
-        profile = profile_of(self._loss, ids_BT, self._blocks, self._module, **self._where)
+        profile = self._profile(ids_BT)
         target = self._targets[tuple(ids_BT.shape)] = self._target_bytes(profile)
         try:
             plan = make_plan(profile, target_bytes=target)
@@ -227,6 +227,18 @@ class Auto(Policy):
         return PlannedOffloader(
             plan, self._blocks, self._module, pin=self._pin, preserve_rng_state=False, **self._where
         )  # as checkpoint's: no block draws random numbers
+
+    def _profile(self, ids_BT: Tensor) -> Profile:
+        """Of half the batch, scaled, where all of it does not fit."""
+        batch = ids_BT.shape[0]
+        while True:
+            try:
+                profile = profile_of(self._loss, ids_BT[:batch], self._blocks, self._module, **self._where)
+                return profile.scaled(ids_BT.shape[0] / batch)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+                batch //= 2
 
     def _target_bytes(self, profile: Profile) -> int:
         if self._target_mib is not None:
@@ -268,26 +280,18 @@ def profile_of(
     device: str,
     min_bytes: int,
 ) -> Profile:
-    """Of a step on these token ids that keeps everything; of half the batch, scaled, where that does not fit.
+    """Of a step on these token ids that keeps everything. `loss` is the module's. Gradients are None afterwards.
 
-    `loss` is the module's. Gradients are None afterwards. Raises torch.OutOfMemoryError where one sequence
-    does not fit.
+    Raises torch.OutOfMemoryError where it does not fit, UsageError where steps differ.
     """
-    batch = ids_BT.shape[0]
 
     def step() -> None:
-        loss(ids_BT[:batch]).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        loss(ids_BT).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
-    while True:
-        try:
-            profile = profile_step(step, blocks, module, device=device, min_bytes=min_bytes)
-            return profile.scaled(ids_BT.shape[0] / batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch //= 2
-        finally:
-            module.zero_grad(set_to_none=True)
+    try:
+        return profile_step(step, blocks, module, device=device, min_bytes=min_bytes)
+    finally:
+        module.zero_grad(set_to_none=True)
 
 
 def _told(predicted: Prediction) -> dict[str, Scalar]:
