@@ -148,7 +148,7 @@ def test_a_bound_is_of_sizes_that_can_be_asked_for_and_within_its_interval(
         ends = (predicted.low, predicted.size, predicted.size if predicted.high is None else predicted.high)
         assert ends == tuple(sorted(ends))
         assert all(end % axis.unit == 0 for end in ends)
-        probed = [a for a in answers[: sizes.index(predicted.size)]] if predicted.size in sizes else []
+        probed = answers[: sizes.index(predicted.size)] if predicted.size in sizes else []
         assert all(a.fits is not (size >= predicted.size) for a, size in zip(probed, sizes, strict=False))
 
 
