@@ -1,9 +1,10 @@
 """How fast PyTorch pins host memory: a GiB at a time, fresh, and again after all was given back.
 
     python benchmarks/pinning.py
-    PYTORCH_ALLOC_CONF=pinned_use_cuda_host_register:True,pinned_num_register_threads:8 python benchmarks/pinning.py
+    export PYTORCH_ALLOC_CONF=pinned_use_cuda_host_register:True,pinned_num_register_threads:8
+    python benchmarks/pinning.py
 
-The second line is how `assay vram --mode oom` has its trials pin.
+The second time is how `assay vram --mode oom` has its trials pin.
 """
 
 from __future__ import annotations

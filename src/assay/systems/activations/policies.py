@@ -280,7 +280,8 @@ def profile_of(
     device: str,
     min_bytes: int,
 ) -> Profile:
-    """Of a step on these token ids that keeps everything. `loss` is the module's. Gradients are None afterwards.
+    """Of a step on these token ids that keeps everything. `loss` is the module's, whose
+    gradients are None afterwards.
 
     Raises torch.OutOfMemoryError where it does not fit, UsageError where steps differ.
     """
