@@ -119,7 +119,9 @@ class PolicyLM:
             try:
                 self._policy.predict(self._inputs(*self._size)[0])
             except torch.OutOfMemoryError as e:
-                return {"plan_reason": f"a step without offloading does not fit: {str(e).splitlines()[0]}"}
+                return {
+                    "plan_reason": f"a step without offloading does not fit: {str(e).partition(chr(10))[0]}"
+                }
             except UsageError as e:  # a figure that is only told: no reason to have none of the others
                 return {"plan_reason": f"no step was profiled: {e}"}
         return {}
