@@ -68,6 +68,7 @@ class Arm:
     around: Callable[[Tensor], AbstractContextManager[object]]
     seen: Callable[[], dict[str, Any]] = dict
     release: Callable[[], object] = gc.collect
+    spans_backward: bool = False  # whether backward belongs inside `around`, as TRL's
     rounds_ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
     peak: int = 0
@@ -112,9 +113,13 @@ class Bench:
         self.system.zero_grad()
 
     def step(self, arm: Arm | None = None) -> Tensor:
-        with arm.around(self.ids_BT) if arm else contextlib.nullcontext():
+        with contextlib.ExitStack() as under:
+            if arm:
+                under.enter_context(arm.around(self.ids_BT))
             loss = self.system.loss(self.ids_BT)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            if not (arm and arm.spans_backward):
+                under.close()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         return loss.detach()
 
     def arm(self, policy: str) -> Arm:
@@ -128,7 +133,7 @@ class Bench:
             )
             return Arm(policy, _holding(offload, offload), lambda: _seen(offload), offload.release)
         made = build_policy(name, self.module, self.blocks, self.system.loss, DEVICE, {})
-        return Arm(policy, made.around)
+        return Arm(policy, made.around, spans_backward=made.spans_backward)
 
     def _planned(self, policy: str, share: float) -> Arm:
         plan, line = planned(self.profile, share, self.gradients)
