@@ -67,6 +67,9 @@ class LateDevice:
         self._note("wait", stream, event)
         self._give(stream, lambda: self._run_to(event))
 
+    def follow(self, stream: Stream, other: Stream, /) -> None:
+        self.wait(stream, self.record(other))
+
     def done(self, event: Event, /) -> bool:
         return event.done
 

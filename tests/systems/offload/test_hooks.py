@@ -706,6 +706,34 @@ def test_stock_llama(offload: Offloader) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, on compiling
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_dynamo_leaves_the_hooks_alone() -> None:
+    """They are called in an eager part of what is compiled, where Dynamo looks at every call."""
+    from torch._dynamo.decorators import skip
+    from torch._dynamo.utils import counters
+
+    @skip
+    def eager(x_N: Tensor) -> Tensor:
+        return x_N.exp().sin().sum()
+
+    def loss(x_N: Tensor) -> Tensor:
+        return eager(x_N * 2) + 1
+
+    def frames(offload: Offloader | None) -> int:
+        torch.compiler.reset()
+        before = counters["frames"]["total"]
+        x_N = torch.ones(1024, requires_grad=True)
+        with offload or nullcontext():
+            out = torch.compile(loss, backend="eager")(x_N)
+        out.backward()
+        return int(counters["frames"]["total"]) - before
+
+    offload = make(max_inflight_bytes=0)
+    assert frames(offload) == frames(None) > 0
+    assert offload.statistics.storages == 1  # exp keeps what sin does, too
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, on compiling
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # likewise

@@ -40,6 +40,9 @@ class Device(Protocol):
     def wait(self, stream: Any, event: Any, /) -> None:
         """What the stream is given from now on starts after the event."""
 
+    def follow(self, stream: Any, other: Any, /) -> None:
+        """What the stream is given from now on starts after all that the other one was given so far."""
+
     def done(self, event: Any, /) -> bool:
         """Whether the event has happened."""
 
@@ -77,7 +80,7 @@ def measure_link(device: Device, pin: bool = True) -> Link:
     here = device.empty(nbytes)
     host = torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin and here.is_cuda)
     stream = device.stream()
-    device.wait(stream, device.record(device.compute()))
+    device.follow(stream, device.compute())
     rates = []
     for destination, source in ((host, here), (here, host)):
         device.copy(stream, destination, source)
@@ -103,6 +106,9 @@ class CpuDevice:
         return time.perf_counter()
 
     def wait(self, _stream: None, _event: float, /) -> None:
+        return None
+
+    def follow(self, _stream: None, _other: None, /) -> None:
         return None
 
     def done(self, _event: float, /) -> bool:
@@ -144,6 +150,10 @@ class CudaDevice:
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", self._index)
 
+    @functools.cached_property
+    def _now(self) -> torch.cuda.Event:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
     def compute(self) -> torch.cuda.Stream:
         return _stream(*torch._C._cuda_getCurrentStream(self._index))
 
@@ -157,6 +167,10 @@ class CudaDevice:
 
     def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         stream.wait_event(event)
+
+    def follow(self, stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+        self._now.record(other)  # anew each time: a wait is for what was recorded when it was asked for
+        stream.wait_event(self._now)
 
     def done(self, event: torch.cuda.Event) -> bool:
         return bool(event.query())  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -172,12 +186,12 @@ class CudaDevice:
 
     def copy(self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor) -> None:
         # each device has a current stream, and one device is the current one: all as it was
-        device, before = torch._C._cuda_getDevice(), self.compute()
-        torch.cuda.set_stream(stream)
+        device, before = torch._C._cuda_getDevice(), torch._C._cuda_getCurrentStream(self._index)
+        torch._C._cuda_setStream(stream.stream_id, stream.device_index, stream.device_type)
         try:
             destination.copy_(source, non_blocking=True)
         finally:
-            torch.cuda.set_stream(before)
+            torch._C._cuda_setStream(*before)
             if device != self._index:
                 torch.cuda.set_device(device)
 

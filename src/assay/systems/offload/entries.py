@@ -53,7 +53,7 @@ class Queue:
 
     def newest_bytes(self, count: int) -> int:
         """Of so many at most."""
-        return sum(nbytes for _, nbytes in itertools.islice(reversed(self._entries), count))
+        return count and sum(nbytes for _, nbytes in itertools.islice(reversed(self._entries), count))
 
     def forget_used(self) -> None:
         """Drop those at the end that are gone: backward uses the newest first."""
@@ -69,6 +69,7 @@ class Lane:
         self.leaving = Queue()
         self.largest = 0  # entry so far
         self.expected_bytes: int | None = None  # of all entries of a step, as the last one had
+        self.inflight_bytes: int | None = None  # what the options allow, once worked out from these
 
 
 class Step:
@@ -90,17 +91,30 @@ class Line:
         self.cursor = 0  # in the order: all from here on need no prefetch
         self.task: int | None = None  # the backward that the cursor belongs to
         self.below = 0  # entries below the cursor that were missed in succession
-        self._ahead: list[tuple[weakref.ref[Entry], int]] = []
+        self._ahead: dict[int, tuple[weakref.ref[Entry], int]] = {}  # in the order of asking
+        self._ahead_bytes = 0
 
     def ahead_bytes(self) -> int:
-        """Of what is back and not used yet."""
-        there = [(ref, nbytes) for ref, nbytes in self._ahead if (entry := ref()) and not entry.awaited]
-        self._ahead = there
-        return sum(nbytes for _, nbytes in there)
+        """Of what was asked for early and is not used yet."""
+        while self._ahead:
+            index = next(iter(self._ahead))
+            if self._ahead[index][0]() is not None:
+                break
+            self._drop_ahead(index)
+        return self._ahead_bytes
 
     def add_ahead(self, entry: Entry) -> None:
         """Count what was asked for early."""
-        self._ahead.append((weakref.ref(entry), entry.wire_bytes))
+        self._ahead[entry.index] = weakref.ref(entry), entry.wire_bytes
+        self._ahead_bytes += entry.wire_bytes
+
+    def forget_ahead(self, entry: Entry) -> None:
+        """It is used now."""
+        if entry.index in self._ahead:
+            self._drop_ahead(entry.index)
+
+    def _drop_ahead(self, index: int) -> None:
+        self._ahead_bytes -= self._ahead.pop(index)[1]
 
     def missed(self, index: int) -> None:
         """An entry had to be brought back when it was needed: the prefetch may have lost its way.
@@ -110,7 +124,7 @@ class Line:
         """
         self.below = 0 if index >= self.cursor else self.below + 1
         if self.below > STRAYS:
-            self._ahead = []  # of the part that is left out
+            self._ahead, self._ahead_bytes = {}, 0  # of the part that is left out
         if self.below == 0 or self.below > STRAYS:
             self.cursor, self.below = index, 0
 
@@ -134,6 +148,12 @@ class Entry:
 
     Once `coded`, what is still on the device, crosses the link and waits is its lossy form, of `wire_bytes`.
     """
+
+    __slots__ = (
+        "__weakref__", "_pool", "arrived", "awaited", "before_bytes", "block", "candidate", "coded",
+        "consumed_by", "counted", "dtype", "end", "handles", "index", "lane", "lent", "line", "nbytes",
+        "restored", "sent", "source", "start", "statistics", "stream", "turn", "version", "wire_bytes",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -173,6 +193,14 @@ class Entry:
         if self.coded and tensor.dtype != self.dtype:
             return False
         return self.version.now == self.version.expected == tensor._version
+
+    def used_up(self) -> bool:
+        """Whether every view of it that is left was unpacked since it was brought back."""
+        for ref in self.handles:
+            handle = ref()
+            if handle is not None and handle.turn != self.turn:
+                return False
+        return True
 
     def lossy_dtype(self) -> torch.dtype | None:
         """Of its elements, where they may be coded."""

@@ -161,8 +161,7 @@ class Offloader:
         """Pack and unpack. Where Dynamo is at work it must not trace them, as it would in a broken graph."""
         if "torch._dynamo" not in sys.modules:
             return self._pack, _unpack
-        disable: Callable[[Any], Any] = torch.compiler.disable
-        return disable(self._pack), disable(_unpack)
+        return functools.partial(_untraced(type(self)._pack), self), _untraced(_unpack)
 
     def __exit__(self, *exc: object) -> None:
         with self._lock:
@@ -188,7 +187,8 @@ class Offloader:
         """A new step: its own statistics and order; what is held is looked up anew."""
         last = self._step.statistics
         for device, line in self._step.lines.items():
-            self._lane(device).expected_bytes = line.nbytes
+            lane = self._lane(device)
+            lane.expected_bytes, lane.inflight_bytes = line.nbytes, None
             while len(line.unsent) > self.options.skip_last:  # of graphs that are kept for later
                 entry, _ = line.unsent.oldest()
                 line.unsent.popleft()
@@ -214,7 +214,9 @@ class Offloader:
 
     def _stays(self, tensor: Tensor) -> str | None:
         """Why a tensor is not offloaded; None where it is."""
-        root = tensor if tensor._base is None else tensor._base
+        root = tensor._base
+        if root is None:
+            root = tensor
         if root.is_leaf and root.requires_grad:  # nobody but the caller can have made it
             stays = "parameter" if isinstance(root, nn.Parameter) else "held"
             if is_plain(tensor):
@@ -222,15 +224,18 @@ class Offloader:
             return stays
         if not is_plain(tensor):
             return "subclass" if type(tensor) not in (Tensor, nn.Parameter) else "layout"
-        if tensor.device.type != self._where.type or self._where.index not in (None, tensor.device.index):
+        if (device := tensor.device) not in self._lanes and not self._drives(device):
             return "device"
         if torch._C._current_graph_task_id() != -1:
             return "backward"  # recomputed, and needed at once
         if (nbytes := tensor.untyped_storage().nbytes()) < self.options.min_bytes or nbytes == 0:
             return "small"
-        if self._lane(tensor.device).device.capturing():
+        if self._lane(device).device.capturing():
             return "capture"
         return self._storage_of(tensor).stays
+
+    def _drives(self, device: torch.device) -> bool:
+        return device.type == self._where.type and self._where.index in (None, device.index)
 
     def _offload(self, tensor: Tensor) -> Kept | Handle:
         start, end = span(tensor)
@@ -263,37 +268,43 @@ class Offloader:
         storage, known, step = tensor.untyped_storage(), self._storage_of(tensor), self._step
         if 2 * (end - start) > storage.nbytes():
             start, end = 0, storage.nbytes()  # other views of it are likely to be saved too
-        candidate = Candidate(
-            index=step.candidates, nbytes=end - start, shape=tuple(tensor.shape),
-            dtype=tensor.dtype, device=tensor.device,
-        )  # fmt: skip
+        index, device = step.candidates, tensor.device
         step.candidates += 1
-        if self.options.policy and not self.options.policy(candidate):
-            known.stays = "policy"  # another view that left would free nothing
-            return None
-        lane = self._lane(tensor.device)
-        if self._chooser and not self._chooser.leaves(candidate.index, candidate.nbytes, lane.device):
+        if self.options.policy:
+            candidate = Candidate(
+                index=index, nbytes=end - start, shape=tuple(tensor.shape), dtype=tensor.dtype, device=device
+            )
+            if not self.options.policy(candidate):
+                known.stays = "policy"  # another view that left would free nothing
+                return None
+        lane = self._lane(device)
+        if self._chooser and not self._chooser.leaves(index, end - start, lane.device):
             known.stays = "target"
             return None
-        lane.largest = max(lane.largest, end - start)
-        line = step.lines.setdefault(tensor.device, Line())
+        if end - start > lane.largest:
+            lane.largest, lane.inflight_bytes = end - start, None
+        line = step.lines.get(device)
+        if line is None:
+            line = step.lines[device] = Line()
         while line.order and line.order[-1]() is None:  # several steps may share one `with`
             line.order.pop()
         source = typed(storage, torch.uint8, start, (end - start,), (1,))
-        entry = Entry(
-            lane, line, step.statistics, self._pool, source, start, Version(tensor), candidate.index
-        )
+        entry = Entry(lane, line, step.statistics, self._pool, source, start, Version(tensor), index)
         if tensor.numel() * tensor.dtype.itemsize == entry.nbytes:
             entry.dtype = tensor.dtype
         line.order.append(weakref.ref(entry))
         line.nbytes += entry.nbytes
-        known.entries = [ref for ref in known.entries if ref() is not None]
+        if known.entries:
+            known.entries = [ref for ref in known.entries if ref() is not None]
         known.entries.append(weakref.ref(entry))
         return entry
 
     def _inflight(self, lane: Lane) -> int:
         """The bytes of a device that may be in flight now."""
-        inflight = self.options.inflight_bytes(lane.largest, lane.expected_bytes)
+        inflight = lane.inflight_bytes
+        if inflight is None:
+            inflight = self.options.inflight_bytes(lane.largest, lane.expected_bytes)
+            lane.inflight_bytes = inflight
         return self._chooser.inflight_bytes(inflight) if self._chooser else inflight
 
     def _send_overdue(self, new: Entry) -> None:
@@ -337,7 +348,7 @@ class Offloader:
             source = entry.source = fp8.encode(source, dtype)
             entry.coded, entry.wire_bytes = True, wire_bytes
         entry.stream = device.compute()
-        device.wait(lane.out, device.record(entry.stream))
+        device.follow(lane.out, entry.stream)
         for event in block.busy:
             device.wait(lane.out, event)
         device.copy(lane.out, block.data[:wire_bytes], source)
@@ -392,7 +403,7 @@ class Offloader:
             data = self._ready(entry)
             handle.turn = entry.turn
             entry.consumed_by = torch._C._current_graph_task_id()
-            if all(other is None or other.turn == entry.turn for other in (ref() for ref in entry.handles)):
+            if entry.used_up():
                 entry.restored, entry.lent = None, weak(data.untyped_storage())  # the consumer holds it now
             self._prefetch(entry)
             return handle.view(data, entry.start)
@@ -412,7 +423,7 @@ class Offloader:
         assert block is not None
         entry.stream = device.compute()
         entry.restored = device.empty(entry.wire_bytes)
-        device.wait(lane.back, device.record(entry.stream))
+        device.follow(lane.back, entry.stream)
         device.wait(lane.back, entry.sent)
         device.copy(lane.back, entry.restored, block.data[: entry.wire_bytes])
         entry.arrived = device.record(lane.back)
@@ -433,6 +444,7 @@ class Offloader:
             if entry.coded and not entry.awaited:
                 data = self._decode(entry, data)
             entry.awaited = True
+            entry.line.forget_ahead(entry)
         return data
 
     def _decode(self, entry: Entry, coded: Tensor) -> Tensor:
@@ -462,21 +474,22 @@ class Offloader:
         line, task = entry.line, torch._C._current_graph_task_id()
         if task != line.task:
             line.task, line.cursor, line.below = task, entry.index, 0
+        if line.cursor == 0:
+            return
         lane = entry.lane
         for queue in (line.unsent, lane.leaving):
             queue.forget_used()
         inflight = self._inflight(lane)
         most = inflight if self._chooser else self.options.ahead_bytes(lane.largest)
         limit = min(most, inflight - line.unsent.nbytes - lane.leaving.nbytes)  # these are here still
-        ahead = line.ahead_bytes()
         while line.cursor > 0:
             other = line.order[line.cursor - 1]()
             if other and other.source is None and other.restored is None and other.consumed_by != task:
+                ahead = line.ahead_bytes()
                 if ahead and ahead + other.wire_bytes > limit:
                     return
                 self._fetch(other)
                 line.add_ahead(other)
-                ahead += other.wire_bytes
             line.cursor -= 1
 
     # Identity
@@ -493,16 +506,34 @@ class Offloader:
     def _purge(self, *, keep_decisions: bool) -> None:
         """Forget storages that are gone; at a step's start also what was decided about the others."""
         for key, known in list(self._storages.items()):
-            known.entries = [ref for ref in known.entries if ref() is not None]
-            known.stays = known.stays if keep_decisions else None
-            if known.expired() or not (known.entries or known.stays):
+            if known.entries:
+                known.entries = [ref for ref in known.entries if ref() is not None]
+            if not keep_decisions:
+                known.stays = None
+            if not (known.entries or known.stays) or known.expired():
                 del self._storages[key]
         self._purge_at = 2 * len(self._storages) + 1024
 
     def _lane(self, device: torch.device) -> Lane:
-        if device not in self._lanes:
-            self._lanes[device] = Lane(self._open(device))
-        return self._lanes[device]
+        lane = self._lanes.get(device)
+        if lane is None:
+            lane = self._lanes[device] = Lane(self._open(device))
+        return lane
+
+
+@functools.cache
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """That Dynamo leaves alone, at little cost where it is not at work: a step calls a thousand times."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    from torch._dynamo.decorators import skip
+
+    disable: Callable[[Any], Callable[..., Any]] = torch.compiler.disable
+    disabled = disable(function)
+
+    def call(*given: Any) -> Any:
+        return function(*given) if get_eval_frame_callback() is None else disabled(*given)
+
+    return skip(call)
 
 
 def _unpack(packed: Kept | Handle) -> Tensor:

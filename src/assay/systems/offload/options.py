@@ -97,8 +97,10 @@ def held_tensors(held: object) -> Iterator[Tensor]:
         case Tensor():
             yield held
         case nn.Module():
-            yield from held.parameters()
-            yield from held.buffers()
+            for module in held.modules():  # at once: each step asks
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    if tensor is not None:
+                        yield tensor
         case Mapping():
             for value in held.values():
                 yield from held_tensors(value)

@@ -60,7 +60,9 @@ class Statistics:
 
     def skip(self, reason: str, nbytes: int) -> None:
         """Count one tensor that stays."""
-        entry = self.skipped.setdefault(reason, Skipped())
+        entry = self.skipped.get(reason)
+        if entry is None:
+            entry = self.skipped[reason] = Skipped()
         entry.tensors += 1
         entry.nbytes += nbytes
 
