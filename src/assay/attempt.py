@@ -180,6 +180,7 @@ def _counted(answer: Attempted, counted: Budget) -> Attempted:
         peak_mib=counted.peak_bytes / MIB,
         reserved_mib=counted.reserved_bytes / MIB,
         limit_mib=counted.limit_bytes / MIB,
+        largest_mib=counted.largest_bytes / MIB,
     )
 
 

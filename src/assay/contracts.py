@@ -266,7 +266,8 @@ class Attempted:
     """The answer, MiB of 2^20 bytes: the peak of what was used and reserved, and what could have been.
 
     `status` is `ok` where two steps fitted: peaks are of the second one, on the CPU of all that the process
-    did. Of `out_of_memory` they are the highest until then; else nothing is known of them.
+    did. Of `out_of_memory` they are the highest until then; else nothing is known of them. `largest_mib` is
+    the largest block that the second step asked for, where an allocator has to find it in one piece.
     """
 
     asked: Attempt
@@ -275,6 +276,7 @@ class Attempted:
     peak_mib: float | None = None
     reserved_mib: float | None = None
     limit_mib: float | None = None
+    largest_mib: float | None = None
 
     @property
     def fits(self) -> bool | None:

@@ -33,6 +33,9 @@ def test_a_budget_on_the_device_is_kept() -> None:
     assert large.peak_mib is not None
     assert large.reserved_mib is not None
     assert small.peak_mib < large.peak_mib <= large.reserved_mib <= 8000
+    assert small.largest_mib is not None
+    assert large.largest_mib is not None
+    assert 0 < small.largest_mib < large.largest_mib < large.peak_mib
     assert large.limit_mib == pytest.approx(8000, rel=0.01)
     beyond = attempt(asked(4, int(large.peak_mib * 0.9)))
     assert beyond.peak_mib is not None

@@ -1,6 +1,7 @@
 """A limit on the memory of this process, and how much of it was used. For a process that is thrown away.
 
-On CUDA the caching allocator keeps the limit and counts, by tensors (`peak_bytes`) and by what it reserved.
+On CUDA the caching allocator keeps the limit and counts, by tensors (`peak_bytes`) and by what it reserved,
+and its history has the largest block that was asked for, which it has to find in one piece.
 Without a stated limit it is what the device has: what is free at the end and what the allocator reserved.
 
 On the CPU nothing in torch keeps a limit, so the kernel does: the private writable pages of the process
@@ -22,6 +23,7 @@ from assay.errors import Unavailable
 __all__ = ["Budget", "CudaBudget", "HostBudget", "budget"]
 
 MIB = 2**20
+EVENTS = 2**17  # of a step's allocations, the last of which are kept
 OWN_PAGES_BYTES = 2**14  # allocations from here on are pages of their own
 ROOM_BYTES = 2**23  # for small objects of Python
 OBJECT_BYTES = 2**9  # the largest that Python's own allocator makes room for
@@ -38,6 +40,8 @@ class Budget(Protocol):
     def peak_bytes(self) -> float: ...
     @property
     def reserved_bytes(self) -> float: ...
+    @property
+    def largest_bytes(self) -> float: ...  # of the blocks asked for since the restart; 0: none need be whole
     def restart(self) -> None: ...  # peaks are of what comes, where they can be told apart
     def lift(self) -> None: ...  # so that an answer can still be given
 
@@ -88,11 +92,18 @@ class CudaBudget:
         """The most that the allocator held at once."""
         return float(self._cuda.max_memory_reserved(self._device))
 
+    @property
+    def largest_bytes(self) -> float:
+        """The largest block that was asked for since the restart."""
+        traces = self._cuda.memory._snapshot()["device_traces"]
+        return float(max((e["size"] for e in traces[self._device] if e["action"] == "alloc"), default=0))
+
     def restart(self) -> None:
         """Forget the peaks, and hand back what is held for no tensor."""
         self._cuda.synchronize(self._device)
         self._cuda.empty_cache()
         self._cuda.reset_peak_memory_stats(self._device)
+        self._cuda.memory._record_memory_history(context=None, max_entries=EVENTS)
 
     def lift(self) -> None:
         """Nothing: an answer takes no memory of the device."""
@@ -125,6 +136,11 @@ class HostBudget:
     def reserved_bytes(self) -> float:
         """The same: pages are counted, not tensors."""
         return self.peak_bytes
+
+    @property
+    def largest_bytes(self) -> float:
+        """None that matters: the pages of a block lie anywhere."""
+        return 0.0
 
     def restart(self) -> None:
         """Nothing: the kernel keeps one peak, of all that the process did."""

@@ -250,9 +250,10 @@ def _grown(tried: _Tried) -> float:
 def _predict(tried: _Tried, limit_mib: float | None) -> tuple[PeakModel | None, Bound | None, str]:
     """Model and bound from the probes; or why there are none.
 
-    An allocator in want gives back what it only holds, but for what lies between tensors. So the limit is met
-    somewhere between the size at which all that it held would meet it and that at which tensors alone do: the
-    bound is halfway, and its interval reaches from the lower end of the one to the upper end of the other.
+    An allocator in want gives back what it only holds, but for what lies between tensors, where the largest
+    block of a step may find no room in one piece. So the limit is met somewhere between the size at which all
+    that it held and that block once more would meet it and that at which tensors alone do: the bound is
+    halfway, and its interval reaches from the lower end of the one to the upper end of the other.
     """
     axis, used, held = tried.axis, [], []
     for size, one in tried.fitted.items():
@@ -262,12 +263,13 @@ def _predict(tried: _Tried, limit_mib: float | None) -> tuple[PeakModel | None, 
             held.append(Probe(*axis.shape(size), one.reserved_mib * MIB))
     if limit_mib is None or not used:
         return None, None, "nothing fits"
+    block_mib = tried.fitted[tried.low].largest_mib or 0.0
     try:
         model = fit(used)
-        all_held, tensors = (_fitting(m, axis, limit_mib) for m in (fit(held), model))
+        all_held = _fitting(fit(held), axis, limit_mib - block_mib)
     except UsageError as e:
         return None, None, str(e)
-    return model, _between(all_held, tensors, tried), ""
+    return model, _between(all_held, _fitting(model, axis, limit_mib), tried), ""
 
 
 def _fitting(model: PeakModel, axis: Axis, limit_mib: float) -> Bound:
