@@ -395,6 +395,8 @@ def test_interval_that_holds_the_threshold_is_said() -> None:
     (found,) = judge_kpis([kpi], {"m": Metric(value=3.1, low=2.9, high=3.3)})
     assert found.status is KPIStatus.PASSED
     assert found.reason == "its interval [2.9, 3.3] holds the threshold"
+    (told,) = judge_kpis([kpi], {"m": Metric(value=3.1, low=2.9, high=3.3, reason="12 of 4")})
+    assert told.reason == "12 of 4; its interval [2.9, 3.3] holds the threshold"
 
 
 # Trials for size

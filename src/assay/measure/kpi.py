@@ -86,7 +86,7 @@ def _judge(kpi: KPI, metric: Metric | None) -> Finding:
         margin=_margin(kpi, metric.value),
         low=metric.low,
         high=metric.high,
-        reason=metric.reason or _doubt(kpi, metric),
+        reason="; ".join(filter(None, [metric.reason, _doubt(kpi, metric)])),
     )
 
 
