@@ -108,6 +108,11 @@ RUNS: dict[str, tuple[str, int]] = {
         0,
     ),
     "vram-short": (f"{VRAM_SHORT} --policy off,offload,save-on-cpu,trl", 0),
+    "vram-exposed": (
+        f"{VRAM} --launches 5 --shape llama-1b --batch-sizes 4 --sequence-lengths 2048 --time-budget 2 "
+        "--policy off,offload",
+        0,
+    ),
     "vram-short-auto": (
         f"{VRAM_SHORT} --policy off,offload,checkpoint,auto:0.75,auto:0.5,auto:0.3,auto:0.15",
         0,
