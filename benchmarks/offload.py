@@ -5,10 +5,11 @@
 
 One model and one input. `assay vram` is the same with a gate, a process to each arm and an interval; this is
 quicker, for work on the offloader and its planner. Prints what the step's profile says, and for each policy
-the median of its steps, over that of the first policy, the peak above what was allocated before the step, the
-activations in it (without the gradients that the step leaves), what compute waited for copies, and how many
-of loss and gradients differ from those of the first policy, which is also held against itself. The policies
-take turns, or with --apart have the machine, and its pinned memory, one after another.
+the median of its steps, the slowest one, the median over that of the first policy, the peak above what was
+allocated before the step, the activations in it (without the gradients that the step leaves), what compute
+waited for copies in the last step, and how many of loss and gradients differ from those of the first policy,
+which is also held against itself. The policies take turns, or with --apart have the machine, and its pinned
+memory, one after another.
 
     python benchmarks/offload.py --profile-from results/h200/offload-short.json --gradients-mib 2357
 
@@ -71,6 +72,7 @@ class Arm:
     spans_backward: bool = False  # whether backward belongs inside `around`, as TRL's
     rounds_ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
+    slowest_ms: float = 0.0  # of all steps that were timed
     peak: int = 0
     differ: str = ""
 
@@ -176,6 +178,7 @@ class Bench:
             times.append((time.perf_counter() - began) * 1e3)
         self.system.zero_grad()
         arm.rounds_ms.append(statistics.median(times))
+        arm.slowest_ms = max(arm.slowest_ms, *times)
         arm.host_ms.append(statistics.median(hosts))
 
 
@@ -272,12 +275,13 @@ def describe(profile: Profile, options: Options) -> None:
 def report(arms: list[Arm], gradients: int) -> None:
     """One line for each policy."""
     first = arms[0]
-    columns = ("step ms", "host ms", "over", "peak GiB", "activ.")
+    columns = ("step ms", "slowest", "host ms", "over", "peak GiB", "activ.")
     print(f"\n{'policy':12}" + "".join(f"{name:>10}" for name in columns) + "  differ; last step")
     for arm in arms:
         ratios = [mine / other for mine, other in zip(arm.rounds_ms, first.rounds_ms, strict=True)]
         cells = (
             statistics.median(arm.rounds_ms),
+            arm.slowest_ms,
             statistics.median(arm.host_ms),
             statistics.median(ratios),
             arm.peak / GIB,
