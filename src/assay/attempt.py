@@ -175,12 +175,13 @@ def _serve(sink: Connection, request: Attempt) -> None:
 
 
 def _counted(answer: Attempted, counted: Budget) -> Attempted:
+    largest = counted.largest_bytes
     return replace(
         answer,
         peak_mib=counted.peak_bytes / MIB,
         reserved_mib=counted.reserved_bytes / MIB,
         limit_mib=counted.limit_bytes / MIB,
-        largest_mib=counted.largest_bytes / MIB,
+        largest_mib=None if largest is None else largest / MIB,
     )
 
 

@@ -39,13 +39,14 @@ def machine(
     kept: float = 0.0,
     uneven: float = 0.0,
     block: float = 0.0,
+    blocks: float = 0.0,
     **ends: tuple[Status, str],
 ) -> Machine:
     """A device on which a step takes so many MiB; some batches (`b8=...`) end otherwise.
 
     `held` times the tensors is held, of which a share `kept` is not given back in want; the peaks of two
-    batches in three lie apart from the others' by the share `uneven`. A block of each step is so large, and
-    half of that lies about in pieces when it is asked for.
+    batches in three lie apart from the others' by the share `uneven`. The largest block of a step takes
+    `block` and so much a batch (`blocks`), and half of that lies about in pieces when it is asked for.
     """
 
     def ask(question: Attempt) -> Attempted:
@@ -54,7 +55,8 @@ def machine(
             status, reason = ends[f"b{batch}"]
             return Attempted(asked=question, status=status, reason=reason)
         peak = (base + batch * length * (per_token + square * length)) * (1 + uneven * (batch % 3 > 0))
-        if peak * (1 + kept * (held - 1)) + block / 2 > LIMIT:
+        whole = block + batch * blocks
+        if peak * (1 + kept * (held - 1)) + whole / 2 > LIMIT:
             return Attempted(
                 asked=question,
                 status=Status.OUT_OF_MEMORY,
@@ -68,7 +70,7 @@ def machine(
             peak_mib=peak,
             reserved_mib=held * peak,
             limit_mib=LIMIT,
-            largest_mib=block,
+            largest_mib=whole,
         )
 
     return ask
@@ -113,6 +115,15 @@ def test_the_largest_block_has_to_be_found_in_one_piece() -> None:
     assert found.largest == 54  # tensors alone: 56; all of the block beside them: 52
     assert found.predicted is not None
     assert (found.predicted.low, found.predicted.size, found.predicted.high) == (52, 54, 56)
+
+
+def test_the_largest_block_grows_as_logits_do() -> None:
+    found, _ = explored(machine(100, 0.25, held=1.0, blocks=4))
+    assert (
+        found.largest == 50
+    )  # 100 + 16 n + 4 n / 2 = 1000; all of the block beside them: 45, and its interval
+    assert found.predicted is not None
+    assert (found.predicted.low, found.predicted.size, found.predicted.high) == (44, 50, 56)
 
 
 def test_uneven_probes_are_followed_by_larger_ones() -> None:

@@ -23,7 +23,7 @@ from assay.errors import Unavailable
 __all__ = ["Budget", "CudaBudget", "HostBudget", "budget"]
 
 MIB = 2**20
-EVENTS = 2**17  # of a step's allocations, the last of which are kept
+EVENTS = 2**17  # the last allocations of a step: of more, the largest block may be among those before
 OWN_PAGES_BYTES = 2**14  # allocations from here on are pages of their own
 ROOM_BYTES = 2**23  # for small objects of Python
 OBJECT_BYTES = 2**9  # the largest that Python's own allocator makes room for
@@ -41,7 +41,7 @@ class Budget(Protocol):
     @property
     def reserved_bytes(self) -> float: ...
     @property
-    def largest_bytes(self) -> float: ...  # of the blocks asked for since the restart; 0: none need be whole
+    def largest_bytes(self) -> float | None: ...  # block asked for since the restart; 0: none need be whole
     def restart(self) -> None: ...  # peaks are of what comes, where they can be told apart
     def lift(self) -> None: ...  # so that an answer can still be given
 
@@ -65,6 +65,7 @@ class CudaBudget:
         self._cuda = torch.cuda
         self._device = self._cuda.current_device() if index is None else index
         self._stated = limit_bytes
+        self._recorded = False
         free, total = self._cuda.mem_get_info(self._device)
         if limit_bytes is not None:
             if limit_bytes > free:
@@ -93,8 +94,10 @@ class CudaBudget:
         return float(self._cuda.max_memory_reserved(self._device))
 
     @property
-    def largest_bytes(self) -> float:
-        """The largest block that was asked for since the restart."""
+    def largest_bytes(self) -> float | None:
+        """The largest block that was asked for since the restart; None before it."""
+        if not self._recorded:
+            return None
         traces = self._cuda.memory._snapshot()["device_traces"]
         return float(max((e["size"] for e in traces[self._device] if e["action"] == "alloc"), default=0))
 
@@ -104,6 +107,7 @@ class CudaBudget:
         self._cuda.empty_cache()
         self._cuda.reset_peak_memory_stats(self._device)
         self._cuda.memory._record_memory_history(context=None, max_entries=EVENTS)
+        self._recorded = True
 
     def lift(self) -> None:
         """Nothing: an answer takes no memory of the device."""

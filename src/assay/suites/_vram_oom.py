@@ -260,16 +260,15 @@ def _predict(tried: _Tried, limit_mib: float | None) -> tuple[PeakModel | None, 
         if size * FITTED >= tried.low:
             assert one.peak_mib is not None and one.reserved_mib is not None
             used.append(Probe(*axis.shape(size), one.peak_mib * MIB))
-            held.append(Probe(*axis.shape(size), one.reserved_mib * MIB))
+            held.append(Probe(*axis.shape(size), (one.reserved_mib + (one.largest_mib or 0.0)) * MIB))
     if limit_mib is None or not used:
         return None, None, "nothing fits"
-    block_mib = tried.fitted[tried.low].largest_mib or 0.0
     try:
         model = fit(used)
-        all_held = _fitting(fit(held), axis, limit_mib - block_mib)
+        all_held, tensors = (_fitting(m, axis, limit_mib) for m in (fit(held), model))
     except UsageError as e:
         return None, None, str(e)
-    return model, _between(all_held, _fitting(model, axis, limit_mib), tried), ""
+    return model, _between(all_held, tensors, tried), ""
 
 
 def _fitting(model: PeakModel, axis: Axis, limit_mib: float) -> Bound:

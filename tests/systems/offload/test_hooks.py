@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -600,6 +601,86 @@ def test_prefetch_finds_its_way_where_backward_leaves_a_part_out(monkeypatch: py
     loss.backward()
     assert len(misses) < 10
     assert offload.statistics.bytes_back > 15 * 4096
+
+
+def _sines(count: int) -> list[Tensor]:
+    """Saves so many times 4096 bytes, one for each."""
+    chain = [torch.randn(1024, requires_grad=True)]
+    for _ in range(count):
+        chain.append(chain[-1].sin())
+    return chain[1:]
+
+
+def test_what_dies_unused_is_no_longer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a graph that is kept, with what came back for it, others are differentiated in part and die."""
+    misses: list[int] = []
+    missed = Line.missed
+    monkeypatch.setattr(Line, "missed", lambda line, index: misses.append(index) or missed(line, index))
+    offload = make(max_inflight_bytes=4 * 4096)
+    with offload:
+        kept = _sines(12)
+        torch.autograd.grad(kept[-1].sum(), kept[8], retain_graph=True)
+        for _ in range(6):
+            part = _sines(12)
+            torch.autograd.grad(part[-1].sum(), part[6])
+            del part
+        misses.clear()
+        _sines(12)[-1].sum().backward()
+    assert misses == []
+
+
+def test_count_of_what_is_ahead_begins_anew_where_a_part_is_left_out() -> None:
+    line = Line()
+    entries: list[Any] = [SimpleNamespace(wire_bytes=4096, ahead=None) for _ in range(2)]
+    for entry in entries:
+        line.add_ahead(entry)
+    assert line.ahead_bytes() == 2 * 4096
+    line.cursor = 10
+    for _ in range(4):
+        line.missed(3)
+    line.use_ahead(entries[0])
+    line.drop_ahead(entries[1])
+    assert line.ahead_bytes() == 0
+
+
+def test_what_is_used_no_longer_counts_as_leaving() -> None:
+    """Also where there is nothing to bring back: else the next step's sources would go for its sake."""
+    offload = make(max_inflight_bytes=7 * 4096)
+    with offload:
+        kept = _sines(2)
+        _sines(6)[-1].sum().backward()
+        more = _sines(3)
+        more[-1].sum().backward()
+        kept[-1].sum().backward()
+    assert offload.statistics.bytes_back == 0
+
+
+def test_what_may_be_in_flight_follows_what_steps_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int | None]] = []
+    monkeypatch.setattr(Options, "inflight_bytes", lambda _, *given: asked.append(given) or 2**30)
+    offload = make()
+    for _ in range(2):
+        with offload:
+            a_N, b_N = (torch.randn(n, requires_grad=True) * 1 for n in (1024, 2048))
+            (a_N.sin().sum() + b_N.sin().sum()).backward()
+    assert asked == [(4096, None), (8192, None), (8192, 4096 + 8192)]
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # as below
+def test_dynamo_beside_it_takes_nothing_from_a_subclass() -> None:
+    import torch._dynamo  # noqa: F401  # as transformers does
+
+    class Counting(Offloader):
+        packed = 0
+
+        def _pack(self, tensor: Tensor) -> Any:
+            self.packed += 1
+            return super()._pack(tensor)
+
+    offload = make(Counting)
+    _chain(offload, 3).backward()
+    assert isinstance(offload, Counting)
+    assert offload.packed == 3
 
 
 def test_prefetch_is_in_reverse_order_and_bounded() -> None:

@@ -53,7 +53,9 @@ class Queue:
 
     def newest_bytes(self, count: int) -> int:
         """Of so many at most."""
-        return count and sum(nbytes for _, nbytes in itertools.islice(reversed(self._entries), count))
+        if not count:
+            return 0
+        return sum(nbytes for _, nbytes in itertools.islice(reversed(self._entries), count))
 
     def forget_used(self) -> None:
         """Drop those at the end that are gone: backward uses the newest first."""
@@ -91,30 +93,33 @@ class Line:
         self.cursor = 0  # in the order: all from here on need no prefetch
         self.task: int | None = None  # the backward that the cursor belongs to
         self.below = 0  # entries below the cursor that were missed in succession
-        self._ahead: dict[int, tuple[weakref.ref[Entry], int]] = {}  # in the order of asking
         self._ahead_bytes = 0
+        self._ahead_lap = 0  # of the count: what was counted in an earlier one is forgotten
+        self._dropped: deque[tuple[int, int]] = deque()  # lap and bytes of entries that died unused
 
     def ahead_bytes(self) -> int:
-        """Of what was asked for early and is not used yet."""
-        while self._ahead:
-            index = next(iter(self._ahead))
-            if self._ahead[index][0]() is not None:
-                break
-            self._drop_ahead(index)
+        """Of what was asked for early, is there and is not used yet."""
+        while self._dropped:
+            lap, nbytes = self._dropped.popleft()
+            if lap == self._ahead_lap:
+                self._ahead_bytes -= nbytes
         return self._ahead_bytes
 
     def add_ahead(self, entry: Entry) -> None:
         """Count what was asked for early."""
-        self._ahead[entry.index] = weakref.ref(entry), entry.wire_bytes
+        entry.ahead = self._ahead_lap
         self._ahead_bytes += entry.wire_bytes
 
-    def forget_ahead(self, entry: Entry) -> None:
-        """It is used now."""
-        if entry.index in self._ahead:
-            self._drop_ahead(entry.index)
+    def use_ahead(self, entry: Entry) -> None:
+        """Count it no more: it is used now."""
+        if entry.ahead == self._ahead_lap:
+            self._ahead_bytes -= entry.wire_bytes
+        entry.ahead = None
 
-    def _drop_ahead(self, index: int) -> None:
-        self._ahead_bytes -= self._ahead.pop(index)[1]
+    def drop_ahead(self, entry: Entry) -> None:
+        """It dies. Only appends to a queue: the garbage collector calls this inside anything."""
+        if entry.ahead is not None:
+            self._dropped.append((entry.ahead, entry.wire_bytes))
 
     def missed(self, index: int) -> None:
         """An entry had to be brought back when it was needed: the prefetch may have lost its way.
@@ -124,7 +129,7 @@ class Line:
         """
         self.below = 0 if index >= self.cursor else self.below + 1
         if self.below > STRAYS:
-            self._ahead, self._ahead_bytes = {}, 0  # of the part that is left out
+            self._ahead_bytes, self._ahead_lap = 0, self._ahead_lap + 1  # of the part that is left out
         if self.below == 0 or self.below > STRAYS:
             self.cursor, self.below = index, 0
 
@@ -150,7 +155,7 @@ class Entry:
     """
 
     __slots__ = (
-        "__weakref__", "_pool", "arrived", "awaited", "before_bytes", "block", "candidate", "coded",
+        "__weakref__", "_pool", "ahead", "arrived", "awaited", "before_bytes", "block", "candidate", "coded",
         "consumed_by", "counted", "dtype", "end", "handles", "index", "lane", "lent", "line", "nbytes",
         "restored", "sent", "source", "start", "statistics", "stream", "turn", "version", "wire_bytes",
     )  # fmt: skip
@@ -183,6 +188,7 @@ class Entry:
         self.sent: Any = None
         self.arrived: Any = None
         self.awaited = True  # compute has been told to wait for `arrived`
+        self.ahead: int | None = None  # the line's count that it is in
         self.turn = 0  # how often it has been brought back
         self.consumed_by: int | None = None  # the graph task, which is one backward
         self.lent: StorageWeakRef | None = None  # what was restored last, as long as a consumer holds it
@@ -212,6 +218,7 @@ class Entry:
         return None if storage is None else typed(storage, torch.uint8, 0, (self.nbytes,), (1,))
 
     def __del__(self) -> None:
+        self.line.drop_ahead(self)
         if self.restored is not None and not self.awaited:  # its memory is written to until then
             self.lane.device.wait(self.stream, self.arrived)
         if self.block is not None:

@@ -444,7 +444,7 @@ class Offloader:
             if entry.coded and not entry.awaited:
                 data = self._decode(entry, data)
             entry.awaited = True
-            entry.line.forget_ahead(entry)
+            entry.line.use_ahead(entry)
         return data
 
     def _decode(self, entry: Entry, coded: Tensor) -> Tensor:
@@ -474,11 +474,11 @@ class Offloader:
         line, task = entry.line, torch._C._current_graph_task_id()
         if task != line.task:
             line.task, line.cursor, line.below = task, entry.index, 0
-        if line.cursor == 0:
-            return
         lane = entry.lane
         for queue in (line.unsent, lane.leaving):
             queue.forget_used()
+        if line.cursor == 0:
+            return
         inflight = self._inflight(lane)
         most = inflight if self._chooser else self.options.ahead_bytes(lane.largest)
         limit = min(most, inflight - line.unsent.nbytes - lane.leaving.nbytes)  # these are here still
@@ -523,7 +523,7 @@ class Offloader:
 
 @functools.cache
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """That Dynamo leaves alone, at little cost where it is not at work: a step calls a thousand times."""
+    """The function, left alone by Dynamo, at little cost where that is not at work: a step has 1000 calls."""
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
     from torch._dynamo.decorators import skip
 

@@ -92,12 +92,12 @@ class Options:
 
 
 def held_tensors(held: object) -> Iterator[Tensor]:
-    """Every tensor of modules, tensors, sequences and mappings."""
+    """Every tensor of modules, tensors, sequences and mappings: of modules, what is registered with them."""
     match held:
         case Tensor():
             yield held
         case nn.Module():
-            for module in held.modules():  # at once: each step asks
+            for module in held.modules():  # parameters() and buffers() take twice the time, in every step
                 for tensor in (*module._parameters.values(), *module._buffers.values()):
                     if tensor is not None:
                         yield tensor
