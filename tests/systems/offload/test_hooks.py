@@ -655,6 +655,15 @@ def test_what_is_used_no_longer_counts_as_leaving() -> None:
     assert offload.statistics.bytes_back == 0
 
 
+@pytest.mark.parametrize("where", ["cuda", "cuda:1", "cpu:1"])
+def test_tensors_of_another_device_stay(where: str) -> None:
+    offload = make()
+    offload._where = torch.device(where)
+    _chain(offload, 3).backward()
+    assert offload.statistics.storages == 0
+    assert offload.statistics.skipped["device"].tensors == 3
+
+
 def test_what_may_be_in_flight_follows_what_steps_have(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int | None]] = []
     monkeypatch.setattr(Options, "inflight_bytes", lambda _, *given: asked.append(given) or 2**30)
