@@ -655,6 +655,25 @@ def test_what_is_used_no_longer_counts_as_leaving() -> None:
     assert offload.statistics.bytes_back == 0
 
 
+def test_a_module_says_itself_which_buffers_it_has() -> None:
+    """As wrappers do that hold another's."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = [torch.rand(1024)]
+
+        def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+            yield from (("other", tensor) for tensor in self.other)
+
+    module = Wrapper()
+    offload = make(held=[module])
+    with offload:
+        (torch.ones(1024, requires_grad=True) * module.other[0]).sum().backward()
+    assert offload.statistics.storages == 0
+    assert offload.statistics.skipped["held"].tensors == 1
+
+
 @pytest.mark.parametrize("where", ["cuda", "cuda:1", "cpu:1"])
 def test_tensors_of_another_device_stay(where: str) -> None:
     offload = make()
